@@ -1,0 +1,1 @@
+"""The contract's Python code, generated from `proto/nst/v1`."""
