@@ -1,0 +1,52 @@
+"""Which device and which arithmetic to compute with."""
+
+from __future__ import annotations
+
+import torch
+
+from nst_model.errors import DeviceUnavailable
+from nst_model.options import Precision
+
+
+def available_devices() -> list[str]:
+    """Return the devices of this machine worth computing on: every CUDA device, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        return ["mps"]
+    return ["cpu"]
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. Raises DeviceUnavailable."""
+    if name == "auto":
+        return torch.device(available_devices()[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceUnavailable(f"{name!r} is no device; use auto, cpu, mps, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise DeviceUnavailable(f"{name} is not here: PyTorch sees {count} CUDA devices on this machine")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceUnavailable("mps is not here: PyTorch sees no Apple GPU on this machine")
+    return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return what AUTO stands for on `device`: BF16 where the processor multiplies bf16 faster than fp32, else FP32."""
+    if precision is not Precision.AUTO:
+        return precision
+    return Precision.BF16 if _fast_bf16(device) else Precision.FP32
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Not is_supported, which is true wherever bf16 can be emulated.
+        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
+    return False

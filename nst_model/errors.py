@@ -1,0 +1,49 @@
+"""What can go wrong with what a caller hands to the core.
+
+NstModelError
+├── InvalidOption          an option outside its bounds, or naming something that does not exist
+├── InvalidImage           a tensor or picture that cannot be stylized
+├── UnknownModel           no feature model of that name
+├── WeightsUnavailable     a known model whose weights are not on this machine and cannot be had
+├── WeightsCorrupt         weights whose hash, keys or shapes are not what they must be
+└── DeviceUnavailable      a device that this machine does not have
+"""
+
+from __future__ import annotations
+
+
+class NstModelError(Exception):
+    """Base of everything that the core raises on purpose."""
+
+
+class InvalidOption(NstModelError, ValueError):
+    """An option is outside its bounds.
+
+    Attributes:
+        field: name of the option, `iterations` or `style_layers[relu9_9]` for instance.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+        self.reason = message
+
+
+class InvalidImage(NstModelError, ValueError):
+    """A picture cannot be stylized: shape, type or size."""
+
+
+class UnknownModel(NstModelError, LookupError):
+    """No feature model has that name."""
+
+
+class WeightsUnavailable(NstModelError, RuntimeError):
+    """The weights of a known model cannot be had; the message says what to do."""
+
+
+class WeightsCorrupt(NstModelError, ValueError):
+    """Weights are not what they must be: wrong hash, missing key, wrong shape."""
+
+
+class DeviceUnavailable(NstModelError, RuntimeError):
+    """This machine does not have that device."""

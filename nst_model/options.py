@@ -1,0 +1,186 @@
+"""The options of one stylization: defaults, bounds and meaning, defined here and nowhere else.
+
+The contract's `StylizeOptions` message owns the names and wire types; a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from nst_model.errors import InvalidOption
+
+MAX_WEIGHT = 1e9
+
+
+class Init(StrEnum):
+    """The picture that the optimization starts from."""
+
+    CONTENT = "content"
+    NOISE = "noise"
+
+
+class Pooling(StrEnum):
+    """How the feature model halves its resolution between blocks."""
+
+    MAX = "max"
+    AVERAGE = "average"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the feature model; statistics and losses are always fp32."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+LayerWeights = Mapping[str, float]
+"""Layer name to relative weight. Only the proportions matter: weights are divided by their sum."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an option may be: `minimum` and `maximum` are inclusive and None for choices."""
+
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+    unit: str = ""
+
+
+def _option(
+    default: Any, description: str, minimum: float | None = None, maximum: float | None = None, unit: str = ""
+) -> Any:
+    bounds = Bounds(description, minimum, maximum, unit)
+    if isinstance(default, Mapping):
+        frozen = MappingProxyType(dict(default))
+        return field(default_factory=lambda: frozen, metadata={"bounds": bounds})
+    return field(default=default, metadata={"bounds": bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StylizeOptions:
+    """Options of one stylization. Raises InvalidOption if any is outside its bounds."""
+
+    size_px: int = _option(
+        512, "Longer edge of the picture; the shorter one follows from the content image's shape.", 16, 4096, "px"
+    )
+    iterations: int = _option(
+        200, "Number of optimizer iterations, each one evaluation of the loss and its gradient.", 1, 10_000
+    )
+    content_weight: float = _option(1.0, "Weight of the content loss.", 0, MAX_WEIGHT)
+    style_weight: float = _option(30.0, "Weight of the style loss.", 0, MAX_WEIGHT)
+    content_layers: LayerWeights = _option({"relu4_2": 1.0}, "Layers that the content is compared at.", 0, MAX_WEIGHT)
+    style_layers: LayerWeights = _option(
+        {"relu1_1": 64.0, "relu2_1": 16.0, "relu3_1": 4.0, "relu4_1": 1.0, "relu5_1": 1.0},
+        "Layers that the style is compared at.",
+        0,
+        MAX_WEIGHT,
+    )
+    style_scale: float = _option(1.0, "Longer edge of the style images relative to the picture's.", 0.1, 4)
+    init: Init = _option(Init.CONTENT, "The picture that the optimization starts from.")
+    seed: int = _option(0, "Seed of everything random.", 0, 2**32 - 1)
+    pooling: Pooling = _option(Pooling.MAX, "How the feature model halves its resolution.")
+    precision: Precision = _option(Precision.AUTO, "Arithmetic of the feature model.")
+    history: int = _option(100, "Number of curvature pairs that L-BFGS remembers.", 1, 1000)
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = _checked(option, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
+        if self.content_weight == 0 and self.style_weight == 0:
+            raise InvalidOption("style_weight", "and content_weight must not both be 0: nothing would be optimized")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Read-only mappings cannot be pickled.
+        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+        return _from_values, (plain,)
+
+    def check_layers(self, layers: tuple[str, ...]) -> None:
+        """Raise InvalidOption unless every named layer is one of a feature model's `layers`."""
+        for name in ("content_layers", "style_layers"):
+            for layer in getattr(self, name):
+                if layer not in layers:
+                    close = difflib.get_close_matches(layer, layers, n=1)
+                    hint = f"did you mean {close[0]}? It has " if close else "it has "
+                    raise InvalidOption(
+                        f"{name}[{layer}]", f"is no layer of the feature model; {hint}{', '.join(layers)}"
+                    )
+
+
+def _from_values(values: dict[str, Any]) -> StylizeOptions:
+    return StylizeOptions(**values)
+
+
+def bounds_of(name: str) -> Bounds:
+    """Return what option `name` may be. Raises KeyError if there is none."""
+    option = StylizeOptions.__dataclass_fields__[name]
+    bounds = option.metadata["bounds"]
+    assert isinstance(bounds, Bounds)
+    return bounds
+
+
+def default_of(option: dataclasses.Field[Any]) -> Any:
+    """Return the default of one field of StylizeOptions."""
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return option.default
+
+
+def relative(weights: LayerWeights) -> dict[str, float]:
+    """Return the weights divided by their sum, without the layers whose weight is 0."""
+    total = math.fsum(weights.values())
+    return {layer: weight / total for layer, weight in weights.items() if weight > 0}
+
+
+def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
+    bounds: Bounds = option.metadata["bounds"]
+    default = default_of(option)
+    if isinstance(default, StrEnum):
+        return _checked_choice(option.name, value, type(default))
+    if isinstance(default, Mapping):
+        return _checked_weights(option.name, value, bounds)
+    return _checked_number(option.name, value, type(default), bounds)
+
+
+def _checked_choice(name: str, value: Any, choices: type[StrEnum]) -> StrEnum:
+    try:
+        return choices(value)
+    except ValueError:
+        raise InvalidOption(name, f"must be one of {', '.join(choices)}, not {value!r}") from None
+
+
+def _checked_weights(name: str, value: Any, bounds: Bounds) -> LayerWeights:
+    if not isinstance(value, Mapping):
+        raise InvalidOption(name, f"must map layer names to weights, not {value!r}")
+    weights = {
+        str(layer): _checked_number(f"{name}[{layer}]", weight, float, bounds) for layer, weight in value.items()
+    }
+    if not math.fsum(weights.values()) > 0:
+        raise InvalidOption(name, "must have at least one weight above 0")
+    return MappingProxyType(weights)
+
+
+def _checked_number(name: str, value: Any, kind: type, bounds: Bounds) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidOption(name, f"must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise InvalidOption(name, f"must be finite, not {value}")
+    if kind is int and value != int(value):
+        raise InvalidOption(name, f"must be a whole number, not {value}")
+    assert bounds.minimum is not None
+    assert bounds.maximum is not None
+    unit = f" {bounds.unit}" if bounds.unit else ""
+    if value < bounds.minimum:
+        raise InvalidOption(name, f"must be at least {bounds.minimum:g}{unit}, not {value}")
+    if value > bounds.maximum:
+        raise InvalidOption(name, f"must be at most {bounds.maximum:.10g}{unit}, not {value}")
+    return kind(value)

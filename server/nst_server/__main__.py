@@ -1,0 +1,86 @@
+"""`nst-server`: run the server until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from nst_server.executor import ExecutorUnavailable
+from nst_server.server import AddressInUse, Server
+from nst_server.settings import Settings, load_settings
+
+
+def main() -> None:
+    """Run the server; what an operator can mend is one line, exit code 2 for settings and 1 for the rest."""
+    try:
+        settings = load_settings(sys.argv[1:])
+    except ValidationError as error:
+        for problem in error.errors():
+            print(f"nst-server: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
+        sys.exit(2)
+    except (SettingsError, FileNotFoundError) as error:
+        print(f"nst-server: {error}", file=sys.stderr)
+        sys.exit(2)
+    configure_log(settings.log_format)
+    try:
+        asyncio.run(serve(settings))
+    except (AddressInUse, ExecutorUnavailable, OSError) as error:
+        print(f"nst-server: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then stop gracefully; a second signal stops at once."""
+    stopping = asyncio.Event()
+    server = Server(settings)
+    running = asyncio.create_task(_run(server, stopping))
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        stopping.set()
+        if signals > 1 or server.starting:
+            running.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+async def _run(server: Server, stopping: asyncio.Event) -> None:
+    try:
+        await server.start()
+        await stopping.wait()
+        await server.stop()
+    except BaseException:
+        await server.stop(0)
+        raise
+
+
+def configure_log(log_format: str) -> None:
+    """Send the log to standard error."""
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.dict_tracebacks,
+    ]
+    match log_format:
+        case "json":
+            processors.append(structlog.processors.JSONRenderer())
+        case _:
+            processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+    structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+
+
+if __name__ == "__main__":
+    main()

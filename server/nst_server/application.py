@@ -1,0 +1,239 @@
+"""What the server can do, whatever the transport: jobs, styles, models."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from nst_model import CARDS, InvalidOption, ModelCard, StylizeOptions, UnknownModel, model_card
+from nst_model.cache import cached_file, published_sha256
+from nst_server import images
+from nst_server.errors import InvalidField, ModelNotFetched, NotFound
+from nst_server.gram_cache import GramCache
+from nst_server.images import Encoding
+from nst_server.jobs import Job, JobSpec, PreviewSpec
+from nst_server.messages import PrepareTask, StyleImage
+from nst_server.scheduler import Scheduler
+from nst_server.settings import Settings
+from nst_server.styles import StoredImage, Style, StyleStore
+
+MAX_STYLES = 16
+MAX_STYLE_SIZE_PX = 4096
+MAX_DISPLAY_NAME = 200
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JobStyle:
+    """A style of a request: the name of a stored one, or an image file."""
+
+    weight: float
+    name: str = ""
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a caller asks for; the image files are not looked into yet."""
+
+    content: bytes
+    styles: Sequence[JobStyle]
+    model: str
+    options: StylizeOptions
+    preview: PreviewSpec
+    output: Encoding
+
+
+class Application:
+    """The application core. Its methods run on the event loop and raise RequestError for what they refuse."""
+
+    def __init__(self, settings: Settings, scheduler: Scheduler) -> None:
+        self._settings = settings
+        self._scheduler = scheduler
+        self._max_pixels = settings.max_megapixels * 1_000_000
+        self._styles = StyleStore(settings.data_dir / "styles")
+        self._grams = GramCache(settings.data_dir / "grams")
+        self._styles.clean()
+
+    async def stylize(self, request: JobRequest) -> Job:
+        """Check a request and queue its job. Raises RequestError; then nothing was started."""
+        with self._scheduler.place():
+            job = Job(await asyncio.to_thread(self._checked, request))
+            self._scheduler.submit(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job that nobody wants any more; does nothing if it has ended."""
+        self._scheduler.cancel(job)
+
+    async def create_style(self, style_id: str, display_name: str, files: Sequence[tuple[bytes, float]]) -> Style:
+        """Store a style; its Gram matrices for the defaults are computed when a device is idle."""
+        style, pictures = await asyncio.to_thread(self._create_style, style_id, display_name, files)
+        self._scheduler.prepare(
+            PrepareTask(style.name, self._settings.default_model, tuple(pictures), StylizeOptions())
+        )
+        return style
+
+    async def get_style(self, name: str) -> Style:
+        """Return a stored style. Raises NotFound."""
+        return await asyncio.to_thread(self._styles.get, name)
+
+    async def list_styles(self, page_size: int, page_token: str) -> tuple[list[Style], str]:
+        """Return a page of styles and the token of the next. Raises InvalidField."""
+        return _page(await asyncio.to_thread(self._styles.list), lambda style: style.id, page_size, page_token)
+
+    async def delete_style(self, name: str) -> None:
+        """Delete a stored style. Raises NotFound."""
+        await asyncio.to_thread(self._styles.delete, name)
+
+    def prepared(self, style: Style) -> dict[tuple[str, int], list[str]]:
+        """Return the layers whose Gram matrices are on disk for all images of a style, by (model, size in px)."""
+        kept = [self._grams.prepared(image.sha256) for image in style.images]
+        common = functools.reduce(lambda left, right: left & right, (set(image) for image in kept))
+        found = {}
+        for model, size_px in common:
+            layers = set.intersection(*(image[model, size_px] for image in kept))
+            order = CARDS[model].architecture.layers if model in CARDS else ()
+            if listed := [layer for layer in order if layer in layers]:
+                found[model, size_px] = listed
+        return found
+
+    async def list_models(self, page_size: int, page_token: str) -> tuple[list[tuple[ModelCard, str]], str]:
+        """Return a page of models, the default first, each with its SHA-256 or, not being here, an empty string."""
+        cards = sorted(CARDS.values(), key=lambda card: card.name != self._settings.default_model)
+        found = [(card, await asyncio.to_thread(self._weights_sha256, card.name)) for card in cards]
+        # The order is not that of the names, so a token is a place in it.
+        places = {card.name: f"{place:04}" for place, card in enumerate(cards)}
+        return _page(found, lambda item: places[item[0].name], page_size, page_token)
+
+    @property
+    def default_model(self) -> str:
+        """Name of the model of requests that name none."""
+        return self._settings.default_model
+
+    def _checked(self, request: JobRequest) -> JobSpec:
+        card = self._usable_model(request.model)
+        options = request.options
+        if options.size_px > self._settings.max_size_px:
+            raise InvalidField(
+                "options.size_px",
+                f"must be at most {self._settings.max_size_px} px on this server, not {options.size_px}",
+            )
+        try:
+            options.check_layers(card.architecture.layers)
+        except InvalidOption as error:
+            raise InvalidField(f"options.{error.field}", error.reason) from error
+        content = images.decode(request.content, "content.data", self._max_pixels)
+        return JobSpec(
+            model=card.name,
+            options=options,
+            content=images.fit(content, options.size_px, "content.data"),
+            styles=self._job_styles(request.styles, options),
+            preview_interval=request.preview.interval,
+            output=request.output,
+        )
+
+    def _job_styles(self, styles: Sequence[JobStyle], options: StylizeOptions) -> tuple[StyleImage, ...]:
+        size_px = max(images.MIN_EDGE_PX, round(options.size_px * options.style_scale))
+        if size_px > MAX_STYLE_SIZE_PX:
+            raise InvalidField(
+                "options.style_scale",
+                f"would make the styles {size_px} px large; at most {MAX_STYLE_SIZE_PX} px are allowed",
+            )
+        _check_count("styles", len(styles))
+        found: list[StyleImage] = []
+        for index, (style, share) in enumerate(
+            zip(styles, _shares([style.weight for style in styles], "styles"), strict=True)
+        ):
+            if style.name:
+                stored = self._styles.get(style.name, f"styles[{index}].style")
+                files = [
+                    (data, share * image.weight)
+                    for data, image in zip(self._styles.files(stored), stored.images, strict=True)
+                ]
+            else:
+                files = [(style.data, share)]
+            field = f"styles[{index}].image.data"
+            found.extend(self._style_image(data, weight, size_px, field) for data, weight in files if weight > 0)
+        return tuple(found)
+
+    def _style_image(self, data: bytes, weight: float, size_px: int, field: str) -> StyleImage:
+        picture = images.decode(data, field, self._max_pixels)
+        return StyleImage(images.fit(picture, size_px, field), hashlib.sha256(data).hexdigest(), size_px, weight)
+
+    def _create_style(
+        self, style_id: str, display_name: str, files: Sequence[tuple[bytes, float]]
+    ) -> tuple[Style, list[StyleImage]]:
+        _check_count("style.images", len(files))
+        if len(display_name) > MAX_DISPLAY_NAME:
+            raise InvalidField(
+                "style.display_name", f"must have at most {MAX_DISPLAY_NAME} characters, not {len(display_name)}"
+            )
+        shares = _shares([weight for _, weight in files], "style.images")
+        stored, prepared = [], []
+        for index, ((data, _), share) in enumerate(zip(files, shares, strict=True)):
+            field = f"style.images[{index}].image.data"
+            picture = images.decode(data, field, self._max_pixels)
+            sha256 = hashlib.sha256(data).hexdigest()
+            stored.append((StoredImage(sha256, share, *picture.size), data))
+            size_px = StylizeOptions().size_px
+            prepared.append(StyleImage(images.fit(picture, size_px, field), sha256, size_px, share))
+        return self._styles.create(style_id, display_name, stored), prepared
+
+    def _usable_model(self, name: str) -> ModelCard:
+        try:
+            card = model_card(name.removeprefix("models/") or self._settings.default_model)
+        except UnknownModel as error:
+            raise NotFound("model", str(error)) from error
+        if card.name not in self._settings.weights and cached_file(card.name) is None:
+            raise ModelNotFetched(
+                f"model: the weights of {card.name} are not on this server; "
+                f"its operator can run `nst-model fetch {card.name}`"
+            )
+        return card
+
+    def _weights_sha256(self, name: str) -> str:
+        if (file := self._settings.weights.get(name)) is not None:
+            return _file_sha256(file)
+        return published_sha256(cached) if (cached := cached_file(name)) else ""
+
+
+@functools.cache
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_count(field: str, count: int) -> None:
+    if count == 0:
+        raise InvalidField(field, "must have at least one entry")
+    if count > MAX_STYLES:
+        raise InvalidField(field, f"must have at most {MAX_STYLES} entries, not {count}")
+
+
+def _shares(weights: Sequence[float], field: str) -> list[float]:
+    total = math.fsum(weights)
+    if not total > 0:
+        raise InvalidField(field, "must have at least one weight above 0")
+    return [weight / total for weight in weights]
+
+
+def _page(items: Sequence[T], key: Callable[[T], str], page_size: int, page_token: str) -> tuple[list[T], str]:
+    """Return the items after those that the token covers, and the token of the next page. `items` are in key order."""
+    try:
+        after = base64.urlsafe_b64decode(page_token.encode()).decode()
+    except (binascii.Error, UnicodeError):
+        raise InvalidField("page_token", "is not the next_page_token of a previous response") from None
+    rest = [item for item in items if key(item) > after]
+    page = rest[:page_size]
+    more = len(rest) > len(page)
+    return page, base64.urlsafe_b64encode(key(page[-1]).encode()).decode() if more else ""

@@ -1,0 +1,336 @@
+"""Between the contract's messages and the server's own types: the only module that knows both."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from google.protobuf import struct_pb2, timestamp_pb2
+from google.protobuf.descriptor import FieldDescriptor
+from google.rpc import code_pb2
+from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
+
+from nst_model import InvalidOption, ModelCard, Precision, StylizeOptions
+from nst_model.options import MAX_WEIGHT, bounds_of, default_of
+from nst_server.application import JobRequest, JobStyle
+from nst_server.errors import InvalidField
+from nst_server.images import EncodedImage, Encoding, ImageFormat
+from nst_server.jobs import Event, Finished, Frame, JobSnapshot, PreviewSpec, StateChanged
+from nst_server.messages import Progressed
+from nst_server.styles import Style
+
+PART_BYTES = 2 * 1024 * 1024
+"""Image bytes in one message; with everything around them it stays far below the contract's 3 MiB."""
+
+PREVIEW_ENCODING = Encoding(ImageFormat.JPEG, 85)
+RESULT_ENCODING = Encoding(ImageFormat.PNG, 95)
+PREVIEW_INTERVAL, PREVIEW_SIZE_PX = 1, 512
+
+OPTION_TYPES = {
+    int: options_pb2.OPTION_TYPE_INTEGER,
+    float: options_pb2.OPTION_TYPE_NUMBER,
+}
+
+JOB_ERROR_CODES = {
+    "WORKER_DIED": code_pb2.UNAVAILABLE,
+    "SERVER_STOPPING": code_pb2.UNAVAILABLE,
+    "OUT_OF_MEMORY": code_pb2.RESOURCE_EXHAUSTED,
+    "MODEL_UNAVAILABLE": code_pb2.FAILED_PRECONDITION,
+}
+
+
+def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
+    """Return the options of a message, defaults filled in. Raises InvalidField."""
+    given: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        if _is_map(field):
+            if weights := dict(getattr(message, field.name)):
+                given[field.name] = weights
+        elif field.enum_type is not None:
+            if number := getattr(message, field.name):
+                given[field.name] = _choice_name(field, number)
+        elif message.HasField(field.name):
+            given[field.name] = getattr(message, field.name)
+    try:
+        return StylizeOptions(**given)
+    except InvalidOption as error:
+        raise InvalidField(f"options.{error.field}", error.reason) from error
+
+
+def options_to_proto(options: StylizeOptions) -> options_pb2.StylizeOptions:
+    """Return options as a message with every field set."""
+    message = options_pb2.StylizeOptions()
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(options, field.name)
+        if _is_map(field):
+            getattr(message, field.name).update(value)
+        elif field.enum_type is not None:
+            setattr(message, field.name, _choice_number(field, value))
+        else:
+            setattr(message, field.name, value)
+    return message
+
+
+def describe_options() -> Iterator[options_pb2.OptionDescription]:
+    """Yield the description of every option, in the order of the contract's field numbers."""
+    fields = {field.name: field for field in dataclasses.fields(StylizeOptions)}
+    for described in sorted(options_pb2.StylizeOptions.DESCRIPTOR.fields, key=lambda field: field.number):
+        default = default_of(fields[described.name])
+        bounds = bounds_of(described.name)
+        message = options_pb2.OptionDescription(
+            name=described.name,
+            minimum=bounds.minimum,
+            maximum=bounds.maximum,
+            unit=bounds.unit,
+            description=bounds.description,
+        )
+        if isinstance(default, StrEnum):
+            message.type = options_pb2.OPTION_TYPE_CHOICE
+            message.choices.extend(type(default))
+            message.default_value.string_value = default
+        elif isinstance(default, Mapping):
+            message.type = options_pb2.OPTION_TYPE_LAYER_WEIGHTS
+            message.default_value.struct_value.CopyFrom(_struct(default))
+        else:
+            message.type = OPTION_TYPES[type(default)]
+            message.default_value.number_value = default
+        yield message
+
+
+def weight_from_proto(message: Any, field: str) -> float:
+    """Return the `weight` of a message, 1 if it has none. Raises InvalidField."""
+    weight = float(message.weight) if message.HasField("weight") else 1.0
+    if not math.isfinite(weight):
+        raise InvalidField(field, f"must be finite, not {weight}")
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise InvalidField(field, f"must be from 0 to {MAX_WEIGHT:g}, not {weight}")
+    return weight
+
+
+def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> JobRequest:
+    """Return what a Stylize request asks for, defaults filled in. Raises InvalidField."""
+    options = options_from_proto(message.options)
+    styles = [_style_input(style, f"styles[{index}]") for index, style in enumerate(message.styles)]
+    return JobRequest(
+        content=message.content.data,
+        styles=styles,
+        model=message.model,
+        options=options,
+        preview=preview_from_proto(message.preview),
+        output=encoding_from_proto(message.output, RESULT_ENCODING, "output"),
+    )
+
+
+def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[bytes, float]]:
+    """Return the image files of a style to be created, each with its weight. Raises InvalidField."""
+    return [
+        (image.image.data, weight_from_proto(image, f"style.images[{index}].weight"))
+        for index, image in enumerate(message.images)
+    ]
+
+
+def preview_from_proto(message: style_transfer_service_pb2.Preview) -> PreviewSpec:
+    """Return which previews are wanted, defaults filled in. Raises InvalidField."""
+    interval = message.interval if message.HasField("interval") else PREVIEW_INTERVAL
+    size_px = message.size_px if message.HasField("size_px") else PREVIEW_SIZE_PX
+    _check_range("preview.interval", interval, 0, 10_000)
+    _check_range("preview.size_px", size_px, 16, 4096)
+    encoding = encoding_from_proto(message.encoding, PREVIEW_ENCODING, "preview.encoding")
+    return PreviewSpec(interval, size_px, encoding)
+
+
+def encoding_from_proto(message: image_pb2.Encoding, default: Encoding, field: str) -> Encoding:
+    """Return how to encode, `default` filled in. Raises InvalidField."""
+    quality = message.quality if message.HasField("quality") else default.quality
+    _check_range(f"{field}.quality", quality, 1, 100)
+    if not message.format:
+        return Encoding(default.format, quality)
+    format_field = message.DESCRIPTOR.fields_by_name["format"]
+    if message.format not in format_field.enum_type.values_by_number:
+        raise InvalidField(f"{field}.format", f"has no choice number {message.format}")
+    return Encoding(ImageFormat[image_pb2.ImageFormat.Name(message.format).removeprefix("IMAGE_FORMAT_")], quality)
+
+
+def page_from_proto(page_size: int) -> int:
+    """Return how many to list on a page. Raises InvalidField."""
+    _check_range("page_size", page_size, 0, 1000)
+    return page_size or 100
+
+
+def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:
+    """Yield the messages of an event: one, or as many as its image needs."""
+    match event.payload:
+        case JobSnapshot():
+            yield _event(event, snapshot=job_to_proto(event.payload))
+        case StateChanged():
+            yield _event(event, state_change=job_pb2.StateChange(job=job_to_proto(event.payload.job)))
+        case Progressed():
+            yield _event(event, progress=progress_to_proto(event.payload))
+        case Frame(image, iteration, skipped):
+            for part in image_to_proto(image):
+                yield _event(event, frame=job_pb2.Frame(iteration=iteration, skipped=skipped, image=part))
+        case Finished(image, iteration, loss, stop_reason):
+            reason = job_pb2.StopReason.Value(f"STOP_REASON_{stop_reason.upper()}")
+            for part in image_to_proto(image):
+                yield _event(
+                    event, result=job_pb2.Result(image=part, iteration=iteration, loss=loss, stop_reason=reason)
+                )
+
+
+def image_to_proto(image: EncodedImage) -> Iterator[image_pb2.ImagePart]:
+    """Yield the parts of an image, in order."""
+    total = len(image.data)
+    for offset in range(0, total, PART_BYTES):
+        data = image.data[offset : offset + PART_BYTES]
+        yield image_pb2.ImagePart(
+            format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{image.format}"),
+            width=image.width,
+            height=image.height,
+            total_bytes=total,
+            offset=offset,
+            data=data,
+            sha256=image.sha256 if offset + len(data) == total else "",
+        )
+
+
+def job_to_proto(job: JobSnapshot) -> job_pb2.Job:
+    """Return a job as a message."""
+    message = job_pb2.Job(
+        name=job.name,
+        state=job_pb2.JobState.Value(f"JOB_STATE_{job.state.upper()}"),
+        model=f"models/{job.model}",
+        options=options_to_proto(job.options),
+        width=job.width,
+        height=job.height,
+        create_time=_timestamp(job.create_time),
+        start_time=_timestamp(job.start_time),
+        end_time=_timestamp(job.end_time),
+        queue_position=job.queue_position,
+        device=job.device,
+    )
+    if job.precision:
+        message.precision = options_pb2.Precision.Value(f"PRECISION_{Precision(job.precision).name}")
+    if job.progress is not None:
+        message.progress.CopyFrom(progress_to_proto(job.progress))
+    if job.error is not None:
+        message.error.code = JOB_ERROR_CODES.get(job.error.reason, code_pb2.INTERNAL)
+        message.error.reason = job.error.reason
+        message.error.message = job.error.message
+    return message
+
+
+def progress_to_proto(progress: Progressed) -> job_pb2.Progress:
+    """Return an iteration's numbers as a message."""
+    return job_pb2.Progress(
+        iteration=progress.iteration,
+        iterations=progress.iterations,
+        loss=progress.loss,
+        content_loss=progress.content_loss,
+        style_losses=progress.style_losses,
+        elapsed_s=progress.elapsed_s,
+        iterations_per_second=progress.iterations_per_second,
+        remaining_s=progress.remaining_s,
+    )
+
+
+def style_to_proto(style: Style, prepared: Mapping[tuple[str, int], list[str]]) -> style_service_pb2.Style:
+    """Return a stored style as a message; `prepared` maps (model, size in px) to the layers that are on disk."""
+    return style_service_pb2.Style(
+        name=style.name,
+        display_name=style.display_name,
+        images=[
+            style_service_pb2.StyleImage(
+                weight=image.weight, sha256=image.sha256, width=image.width, height=image.height
+            )
+            for image in style.images
+        ],
+        create_time=_timestamp(style.create_time),
+        prepared=[
+            style_service_pb2.PreparedGrams(model=f"models/{model}", size_px=size_px, layers=layers)
+            for (model, size_px), layers in sorted(prepared.items())
+        ],
+    )
+
+
+def model_to_proto(card: ModelCard, sha256: str, *, default: bool) -> model_service_pb2.Model:
+    """Return a feature model as a message; `sha256` is empty if its weights are not here."""
+    architecture = card.architecture
+    available = model_service_pb2.MODEL_STATE_AVAILABLE if sha256 else model_service_pb2.MODEL_STATE_NOT_FETCHED
+    return model_service_pb2.Model(
+        name=f"models/{card.name}",
+        display_name=card.display_name,
+        description=card.description,
+        state=available,
+        is_default=default,
+        layers=[
+            model_service_pb2.Layer(
+                name=convolution.layer,
+                channels=convolution.channels,
+                stride_px=convolution.stride_px,
+                receptive_field_px=architecture.receptive_field_px(convolution.layer),
+            )
+            for convolution in architecture.convolutions
+        ],
+        license=card.license,
+        sha256=sha256,
+    )
+
+
+def _style_input(message: style_transfer_service_pb2.StyleInput, field: str) -> JobStyle:
+    weight = weight_from_proto(message, f"{field}.weight")
+    match message.WhichOneof("source"):
+        case "style":
+            return JobStyle(weight, name=message.style)
+        case "image":
+            return JobStyle(weight, data=message.image.data)
+        case _:
+            raise InvalidField(field, "must have a style or an image")
+
+
+def _event(event: Event, **payload: Any) -> job_pb2.JobEvent:
+    return job_pb2.JobEvent(
+        sequence=event.sequence, attempt=event.attempt, event_time=_timestamp(event.time), **payload
+    )
+
+
+def _check_range(field: str, value: int, minimum: int, maximum: int) -> None:
+    if not minimum <= value <= maximum:
+        raise InvalidField(field, f"must be from {minimum} to {maximum}, not {value}")
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
+def _choice_prefix(field: FieldDescriptor) -> str:
+    zero: str = field.enum_type.values_by_number[0].name
+    return zero.removesuffix("UNSPECIFIED")
+
+
+def _choice_name(field: FieldDescriptor, number: int) -> str:
+    value = field.enum_type.values_by_number.get(number)
+    if value is None:
+        raise InvalidField(f"options.{field.name}", f"has no choice number {number}")
+    return str(value.name.removeprefix(_choice_prefix(field)).lower())
+
+
+def _choice_number(field: FieldDescriptor, choice: StrEnum) -> int:
+    return int(field.enum_type.values_by_name[_choice_prefix(field) + choice.upper()].number)
+
+
+def _struct(values: Mapping[str, float]) -> struct_pb2.Struct:
+    struct = struct_pb2.Struct()
+    struct.update(dict(values))
+    return struct
+
+
+def _timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
+    if moment is None:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(moment)
+    return message

@@ -1,0 +1,83 @@
+"""Why a request is refused. The servicers turn these into status codes by one table, in `status.py`.
+
+RequestError
+├── InvalidField         a field is missing, malformed or out of range
+├── NotFound             a named resource does not exist
+├── AlreadyExists        an id stands for something else
+├── ModelNotFetched      a known feature model whose weights are not on this server
+├── QueueFull            too many jobs wait already
+├── StorageFull          the data folder takes no more
+└── Stopping             the server is about to stop
+"""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """Base of every refusal. `reason` is for programs, the message for people."""
+
+    reason = "INTERNAL"
+
+
+class InvalidField(RequestError):
+    """A field is missing, malformed or out of range.
+
+    Attributes:
+        field: path of the field in the request, `styles[0].image.data` for instance.
+    """
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class NotFound(RequestError):
+    """A named resource does not exist."""
+
+    reason = "NOT_FOUND"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class AlreadyExists(RequestError):
+    """An id stands for something else already."""
+
+    reason = "ALREADY_EXISTS"
+
+
+class ModelNotFetched(RequestError):
+    """The weights of a known feature model are not on this server."""
+
+    reason = "MODEL_NOT_FETCHED"
+
+
+class QueueFull(RequestError):
+    """Too many jobs wait already.
+
+    Attributes:
+        retry_after_s: when a place may be free, seconds from now.
+    """
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full: {waiting} jobs wait already; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class StorageFull(RequestError):
+    """The data folder takes no more."""
+
+    reason = "STORAGE_FULL"
+
+
+class Stopping(RequestError):
+    """The server is about to stop and takes no more jobs."""
+
+    reason = "SERVER_STOPPING"

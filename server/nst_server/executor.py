@@ -1,0 +1,209 @@
+"""Where tasks are computed: behind one small interface, today by a worker process of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Protocol
+
+import structlog
+
+from nst_server import messages
+from nst_server.messages import Cancelled, Done, Ending, Failed, Message, Ready, Refused, Task, WorkerConfig
+
+log = structlog.get_logger()
+
+MAX_BACKOFF_S = 30.0
+KILL_AFTER_S = 5.0
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+class ExecutorUnavailable(Exception):
+    """An executor cannot start: its device or its feature model cannot be had. The message says why."""
+
+
+class Executor(Protocol):
+    """A place where one task at a time is computed."""
+
+    device: str
+
+    async def ready(self) -> None:
+        """Wait until a task can be computed."""
+
+    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+        """Compute a task and return how it ended; never raises for what happens to the task.
+
+        `report` gets its Started, Progressed and Pictured messages on the event loop.
+        """
+
+    def cancel(self, task_id: str) -> None:
+        """Make the task of that id end before its next evaluation. Does nothing if it is not being computed."""
+
+
+@dataclass
+class _Running:
+    task: Task
+    report: Callable[[Message], None]
+    ending: asyncio.Future[Ending]
+    sent: bool = False
+    cancelled: bool = False
+
+
+class ProcessExecutor:
+    """A worker process. One that dies is replaced; its task ends as Failed with reason WORKER_DIED.
+
+    Attributes:
+        device: the device's name, once started.
+        devices: all devices that `auto` stands for on this machine, once started.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self.device = config.device
+        self.devices: tuple[str, ...] = ()
+        self._process: SpawnProcess | None = None
+        self._connection: Connection | None = None
+        self._running: _Running | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._closing = False
+        self._replacing: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker; None between two."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start the worker process and wait until it takes tasks. Raises ExecutorUnavailable."""
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        ours, theirs = CONTEXT.Pipe()
+        # In a thread: starting an interpreter blocks for some milliseconds.
+        self._process = CONTEXT.Process(
+            target=_worker_main, args=(theirs, self._config), daemon=True, name="nst-worker"
+        )
+        await asyncio.to_thread(self._process.start)
+        theirs.close()
+        self._connection = ours
+        threading.Thread(target=self._read, args=(ours, self._process, loop), daemon=True, name="worker-reader").start()
+        await self._ready
+
+    async def ready(self) -> None:
+        """Wait until the worker process takes tasks; see Executor."""
+        if self._replacing is not None:
+            await asyncio.shield(self._replacing)
+
+    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+        """Compute a task; see Executor."""
+        assert self._running is None, "an executor computes one task at a time"
+        ending = asyncio.get_running_loop().create_future()
+        self._running = running = _Running(task, report, ending)
+        try:
+            await asyncio.to_thread(self._send, task)
+            running.sent = True
+            if running.cancelled:
+                self._send(messages.Cancel(task.id))
+            return await asyncio.shield(ending)
+        finally:
+            self._running = None
+
+    def cancel(self, task_id: str) -> None:
+        """End the task of that id; see Executor."""
+        if self._running is not None and self._running.task.id == task_id:
+            self._running.cancelled = True
+            if self._running.sent:
+                self._send(messages.Cancel(task_id))
+
+    async def close(self) -> None:
+        """End the worker process, by force if it does not follow."""
+        self._closing = True
+        if self._replacing is not None:
+            self._replacing.cancel()
+        if self._connection is not None:
+            self._connection.close()
+        if (process := self._process) is not None:
+            await asyncio.to_thread(process.join, KILL_AFTER_S)
+            process.kill()
+            await asyncio.to_thread(process.join)
+
+    def _send(self, message: Task | messages.Cancel) -> None:
+        assert self._connection is not None
+        with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
+            self._connection.send(message)
+
+    def _read(self, connection: Connection, process: SpawnProcess, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            while True:
+                try:
+                    message: Message = connection.recv()
+                except (EOFError, OSError, TypeError):  # TypeError: closed here in the middle of a read
+                    break
+                loop.call_soon_threadsafe(self._received, message)
+            process.join()
+            loop.call_soon_threadsafe(self._died, process)
+
+    def _received(self, message: Message) -> None:
+        match message:
+            case Ready():
+                self.device, self.devices = message.device, message.devices
+                self._settle_ready(None)
+            case Refused():
+                self._settle_ready(ExecutorUnavailable(message.message))
+            case Done() | Cancelled() | Failed():
+                if self._running is not None and not self._running.ending.done():
+                    self._running.ending.set_result(message)
+            case _:
+                if self._running is not None and self._running.task.id == message.id:
+                    self._running.report(message)
+
+    def _died(self, process: SpawnProcess) -> None:
+        if process is not self._process:
+            return
+        how = _exit_description(process.exitcode)
+        starting = self._ready is not None and not self._ready.done()
+        self._settle_ready(ExecutorUnavailable(f"the worker process on {self.device} ended while starting: {how}"))
+        if self._running is not None and not self._running.ending.done():
+            text = f"the worker process on {self.device} ended in the middle of the job: {how}. Try again"
+            self._running.ending.set_result(Failed(self._running.task.id, "WORKER_DIED", text))
+        if not (self._closing or starting):
+            log.warning("worker died", device=self.device, how=how)
+            self._replacing = asyncio.get_running_loop().create_task(self._replace())
+
+    async def _replace(self) -> None:
+        backoff_s = 0.1
+        while not self._closing:
+            try:
+                await self.start()
+            except ExecutorUnavailable as error:
+                log.error("worker cannot be replaced yet", device=self.device, error=str(error), retry_s=backoff_s)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            else:
+                log.info("worker replaced", device=self.device)
+                break
+        self._replacing = None
+
+    def _settle_ready(self, error: ExecutorUnavailable | None) -> None:
+        if self._ready is None or self._ready.done():
+            return
+        if error is None:
+            self._ready.set_result(None)
+        else:
+            self._ready.set_exception(error)
+
+
+def _worker_main(connection: Connection, config: WorkerConfig) -> None:
+    # Imported here, in the child: this module belongs to the front, which never imports torch.
+    from nst_server.worker import main  # noqa: PLC0415
+
+    main(connection, config)
+
+
+def _exit_description(code: int | None) -> str:
+    return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"

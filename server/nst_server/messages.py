@@ -1,0 +1,171 @@
+"""What the front and its worker processes say to each other, over a pipe. Free of torch.
+
+The front sends tasks, one at a time, and may cancel the current one; the worker answers each task with exactly one
+of the endings, and before that with `Started`, `Progressed` and `Pictured`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nst_model.options import StylizeOptions
+
+if TYPE_CHECKING:
+    from nst_server.images import Pixels
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker process is started with.
+
+    Attributes:
+        device: `auto` or a device's name.
+        threads: CPU threads; 0 leaves the choice to PyTorch.
+        model: feature model to load at once.
+        weights: files of feature weights by model.
+        grams: folder of the Gram cache.
+        grams_max_bytes: its size limit.
+    """
+
+    device: str
+    threads: int
+    model: str
+    weights: Mapping[str, Path]
+    grams: Path
+    grams_max_bytes: int
+
+
+@dataclass(frozen=True)
+class StyleImage:
+    """A style image of a task.
+
+    Attributes:
+        pixels: HWC uint8 RGB, already of the size to be used.
+        sha256: of the image file.
+        size_px: the longer edge of `pixels`.
+        weight: share of this image in the task; the shares sum to 1.
+    """
+
+    pixels: Pixels
+    sha256: str
+    size_px: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class StylizeTask:
+    """Make a picture.
+
+    Attributes:
+        id: the job's name.
+        content: HWC uint8 RGB, of the result's size.
+        frame_interval: a picture is wanted every this many iterations; 0 for none.
+    """
+
+    id: str
+    model: str
+    content: Pixels
+    styles: tuple[StyleImage, ...]
+    options: StylizeOptions
+    frame_interval: int
+
+
+@dataclass(frozen=True)
+class PrepareTask:
+    """Compute and keep the Gram matrices of images."""
+
+    id: str
+    model: str
+    styles: tuple[StyleImage, ...]
+    options: StylizeOptions
+
+
+Task = StylizeTask | PrepareTask
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End the task of that id before its next evaluation."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker takes tasks. `devices` are all those that `auto` stands for on this machine."""
+
+    device: str
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The worker cannot start; it ends after saying so."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The task has begun. `precision` is the arithmetic in use, `fp32` or `bf16`."""
+
+    id: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """The numbers of one iteration; see the contract's Progress."""
+
+    id: str
+    iteration: int
+    iterations: int
+    loss: float
+    content_loss: float
+    style_losses: Mapping[str, float]
+    elapsed_s: float
+    iterations_per_second: float
+    remaining_s: float
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """The picture of one iteration. Pictures that the pipe is too slow for are left out."""
+
+    id: str
+    iteration: int
+    pixels: Pixels
+
+
+@dataclass(frozen=True)
+class Done:
+    """The task ended well. The fields after `id` are set for pictures only."""
+
+    id: str
+    pixels: Pixels | None = None
+    iteration: int = 0
+    loss: float = 0.0
+    stop_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """The task ended because it was cancelled."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The task failed; the worker goes on. `reason` and `message` as in the contract's JobError."""
+
+    id: str
+    reason: str
+    message: str
+
+
+Ending = Done | Cancelled | Failed
+Message = Ready | Refused | Started | Progressed | Pictured | Ending

@@ -1,0 +1,194 @@
+"""The queue: which job runs on which executor, and when. First come, first served; bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+
+import structlog
+
+from nst_server import images
+from nst_server.errors import QueueFull, Stopping
+from nst_server.executor import Executor
+from nst_server.jobs import Finished, Job, JobError
+from nst_server.messages import (
+    Cancelled,
+    Done,
+    Ending,
+    Failed,
+    Message,
+    Pictured,
+    PrepareTask,
+    Progressed,
+    Started,
+    StylizeTask,
+)
+
+log = structlog.get_logger()
+
+TYPICAL_JOB_S = 30.0
+"""How long a job takes, as far as is known before the first has ended."""
+
+STOPPING = JobError("SERVER_STOPPING", "the server stopped before the job was done; try again in a moment")
+
+
+class Scheduler:
+    """Hands jobs to executors.
+
+    Args:
+        queue_size: jobs that may wait; 0 accepts one only when an executor is free.
+    """
+
+    def __init__(self, queue_size: int) -> None:
+        self._queue_size = queue_size
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._preparations: collections.deque[PrepareTask] = collections.deque()
+        self._reserved = 0
+        self._running: dict[str, tuple[Job, Executor]] = {}
+        self._work = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+        self._endings: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._typical_s = TYPICAL_JOB_S
+
+    def add(self, executor: Executor) -> None:
+        """Begin to hand jobs to an executor."""
+        self._loops.append(asyncio.create_task(self._serve(executor), name=f"serve-{executor.device}"))
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place in the queue while a request is being checked and its job submitted, within the block.
+
+        Raises QueueFull or Stopping at once, so that a server with no place spends nothing on a request.
+        """
+        if self._stopping:
+            raise Stopping("the server is stopping and takes no more jobs")
+        free = max(0, len(self._loops) - len(self._running))
+        taken = len(self._waiting) + self._reserved
+        if taken >= self._queue_size + free:
+            raise QueueFull(taken, self._typical_s * (taken + 1) / max(1, len(self._loops)))
+        self._reserved += 1
+        try:
+            yield
+        finally:
+            self._reserved -= 1
+
+    def submit(self, job: Job) -> None:
+        """Queue a job for which `place` is held."""
+        if self._stopping:
+            raise Stopping("the server is stopping and takes no more jobs")
+        job.queue_position = len(self._waiting)
+        self._waiting.append(job)
+        self._work.set()
+
+    def prepare(self, task: PrepareTask) -> None:
+        """Compute Gram matrices when an executor has nothing better to do."""
+        if len(self._preparations) < max(1, self._queue_size):  # jobs compute for themselves what was not prepared
+            self._preparations.append(task)
+            self._work.set()
+
+    def cancel(self, job: Job) -> None:
+        """End a job; does nothing if it has ended."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.cancelled()
+            self._log_end(job)
+            self._renumber()
+        elif job.name in self._running:
+            self._running[job.name][1].cancel(job.name)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more jobs, fail those that wait, let the running ones go on for `grace_s`, then fail them too."""
+        self._stopping = True
+        while self._waiting:
+            job = self._waiting.popleft()
+            job.failed(STOPPING)
+            self._log_end(job)
+        self._work.set()
+        if self._loops:
+            await asyncio.wait(self._loops, timeout=grace_s)
+        for job, executor in list(self._running.values()):
+            executor.cancel(job.name)
+            if not job.state.terminal:
+                job.failed(STOPPING)
+                self._log_end(job)
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, *self._endings, return_exceptions=True)
+
+    async def _serve(self, executor: Executor) -> None:
+        while not self._stopping:
+            await executor.ready()
+            if self._waiting:
+                await self._run(self._waiting.popleft(), executor)
+            elif self._preparations:
+                await executor.run(self._preparations.popleft(), lambda _: None)
+            else:
+                self._work.clear()
+                await self._work.wait()
+
+    async def _run(self, job: Job, executor: Executor) -> None:
+        self._running[job.name] = (job, executor)
+        self._renumber()
+        began = time.monotonic()
+        spec = job.spec
+        task = StylizeTask(job.name, spec.model, spec.content, spec.styles, spec.options, spec.preview_interval)
+        try:
+            ending = await executor.run(task, lambda message: _note(job, message, executor.device))
+        except Exception as error:
+            log.exception("executor failed", job=job.name)
+            ending = Failed(job.name, "INTERNAL", f"{type(error).__name__}: {error}")
+        finally:
+            del self._running[job.name]
+        self._typical_s += 0.3 * (time.monotonic() - began - self._typical_s)
+        # The executor is free for the next job while this one's picture is being encoded.
+        self._endings.add(end := asyncio.create_task(self._end(job, ending)))
+        end.add_done_callback(self._endings.discard)
+
+    async def _end(self, job: Job, ending: Ending) -> None:
+        if job.state.terminal:  # failed by `stop`
+            return
+        match ending:
+            case Done():
+                assert ending.pixels is not None
+                image = await asyncio.to_thread(images.encode, ending.pixels, job.spec.output)
+                job.succeeded(Finished(image, ending.iteration, ending.loss, ending.stop_reason))
+            case Cancelled():
+                job.cancelled()
+            case Failed():
+                job.failed(JobError(ending.reason, ending.message))
+        self._log_end(job)
+
+    def _renumber(self) -> None:
+        for position, job in enumerate(self._waiting):
+            job.moved(position)
+
+    def _log_end(self, job: Job) -> None:
+        height, width = job.spec.content.shape[:2]
+        log.info(
+            "job ended",
+            job=job.name,
+            state=str(job.state),
+            size=f"{width}×{height}",
+            iterations=job.progress.iteration if job.progress else 0,
+            seconds=round(job.progress.elapsed_s, 2) if job.progress else 0,
+            device=job.device,
+            loss=job.progress.loss if job.progress else None,
+            error=job.error.message if job.error else None,
+        )
+
+
+def _note(job: Job, message: Message, device: str) -> None:
+    if job.state.terminal:
+        return
+    match message:
+        case Started():
+            job.started(device, message.precision)
+            log.info("job started", job=job.name, model=job.spec.model, device=device, precision=message.precision)
+        case Progressed():
+            job.progressed(message)
+        case Pictured():
+            job.pictured(message)

@@ -1,0 +1,155 @@
+"""The server as a whole: workers, scheduler, application, gRPC front; started and stopped in that order."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from nst.v1 import (
+    model_service_pb2,
+    model_service_pb2_grpc,
+    style_service_pb2,
+    style_service_pb2_grpc,
+    style_transfer_service_pb2,
+    style_transfer_service_pb2_grpc,
+)
+
+from nst_server.application import Application
+from nst_server.executor import ProcessExecutor
+from nst_server.messages import WorkerConfig
+from nst_server.scheduler import Scheduler
+from nst_server.services import ModelServicer, StyleServicer, StyleTransferServicer
+from nst_server.settings import Settings
+
+log = structlog.get_logger()
+
+SERVICES = (
+    style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"].full_name,
+    style_service_pb2.DESCRIPTOR.services_by_name["StyleService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+AFTERMATH_S = 2.0
+"""How long streams get to deliver their last events once their jobs have ended, seconds."""
+
+
+class AddressInUse(Exception):
+    """The address to listen on cannot be had."""
+
+
+class Server:
+    """A server in this process, with its workers beside it. An async context manager.
+
+    Attributes:
+        address: where it listens, once started; its port is the real one if 0 was asked for.
+        starting: whether `start` is still at work.
+        executors: the workers.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.address = settings.listen
+        self.starting = True
+        self.executors: list[ProcessExecutor] = []
+        self._scheduler = Scheduler(settings.queue_size)
+        self._health = health.aio.HealthServicer()
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen, and start the workers; returns when jobs can be computed.
+
+        Raises AddressInUse, OSError for an unusable data folder, ExecutorUnavailable for a device or feature model
+        that cannot be had.
+        """
+        settings = self._settings
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        application = Application(settings, self._scheduler)
+        self._grpc = grpc.aio.server(
+            maximum_concurrent_rpcs=settings.max_streams,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_mib * 1024 * 1024),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(
+            StyleTransferServicer(application, settings.write_timeout_s), self._grpc
+        )
+        style_service_pb2_grpc.add_StyleServiceServicer_to_server(StyleServicer(application), self._grpc)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(application), self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        self.address = self._bind(settings.listen)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._grpc.start()
+        await self._start_workers()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self.starting = False
+        log.info("serving", address=self.address, devices=[executor.device for executor in self.executors])
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop."""
+        log.info("stopping")
+        await self._health.enter_graceful_shutdown()
+        await self._scheduler.stop(self._settings.grace_s if grace_s is None else grace_s)
+        if self._grpc is not None:
+            await self._grpc.stop(AFTERMATH_S)
+        await asyncio.gather(*(executor.close() for executor in self.executors))
+        log.info("stopped")
+
+    async def wait(self) -> None:
+        """Wait until the server has been stopped."""
+        assert self._grpc is not None
+        await self._grpc.wait_for_termination()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop(0)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop(0)
+
+    def _bind(self, listen: str) -> str:
+        assert self._grpc is not None
+        try:
+            port = self._grpc.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise AddressInUse(f"cannot listen on {listen}: the address is malformed or in use") from error
+        return f"{listen.rpartition(':')[0]}:{port}" if port > 1 else listen  # a Unix socket's port is 1
+
+    async def _start_workers(self) -> None:
+        names = [name for name in self._settings.devices if name != "auto"]
+        if "auto" in self._settings.devices:
+            first = await self._start_worker("auto")
+            names += [device for device in first.devices if device != first.device]
+        await asyncio.gather(*(self._start_worker(name) for name in names))
+
+    async def _start_worker(self, device: str) -> ProcessExecutor:
+        settings = self._settings
+        executor = ProcessExecutor(
+            WorkerConfig(
+                device=device,
+                threads=settings.threads,
+                model=settings.default_model,
+                weights=settings.weights,
+                grams=settings.data_dir / "grams",
+                grams_max_bytes=settings.gram_cache_mib * 1024 * 1024,
+            )
+        )
+        self.executors.append(executor)
+        await executor.start()
+        self._scheduler.add(executor)
+        return executor
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)

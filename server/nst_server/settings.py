@@ -1,0 +1,126 @@
+"""The server's settings: from the command line, else from the environment (`NST_…`), else from a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import platformdirs
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from nst_model import CARDS, DEFAULT_MODEL
+
+ENVIRONMENT_PREFIX = "NST_"
+
+
+class Settings(BaseSettings):
+    """Every setting of the server. The descriptions are what `nst-server --help` prints."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid")
+
+    config: Path | None = Field(
+        None, description="TOML file with any of these settings, `queue_size = 4` for instance."
+    )
+    listen: str = Field("localhost:50051", description="Address and port to listen on; port 0 takes a free one.")
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("nst"),
+        description="Folder of stored styles and their Gram matrices; made if it is not there.",
+    )
+    devices: list[str] = Field(
+        ["auto"],
+        min_length=1,
+        description='Devices to compute on, one worker process each: `["cuda:0", "cuda:1"]`, `["cpu"]`, `["mps"]`. '
+        "`auto` means every CUDA device, else Apple's GPU, else the CPU.",
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of each worker; 0 leaves the choice to PyTorch.")
+    default_model: str = Field(
+        DEFAULT_MODEL, description=f"Feature model of requests that name none: {', '.join(CARDS)}."
+    )
+    weights: dict[str, Path] = Field(
+        {}, description='Files of feature weights by model, used in place of the cache: `{"vgg19": "/path/vgg19.pth"}`.'
+    )
+    queue_size: int = Field(16, ge=0, le=10_000, description="Jobs that may wait; one more is refused, with RetryInfo.")
+    max_message_mib: int = Field(32, ge=4, le=1024, description="Largest request, MiB.")
+    max_megapixels: int = Field(100, ge=1, le=1000, description="Largest picture a request may bring, million pixels.")
+    max_size_px: int = Field(4096, ge=16, le=4096, description="Largest `size_px` a job may ask for, pixels.")
+    max_streams: int = Field(1000, ge=1, le=100_000, description="Calls served at once; one more is refused.")
+    gram_cache_mib: int = Field(
+        1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."
+    )
+    write_timeout_s: float = Field(
+        60, ge=1, le=86_400, description="How long a client may leave its stream unread before it is cut off, seconds."
+    )
+    grace_s: float = Field(15, ge=0, le=86_400, description="How long running jobs may go on after SIGTERM, seconds.")
+    log_format: Literal["console", "json"] = Field("console", description="How the log is written.")
+
+    _toml: ClassVar[Path | None] = None
+
+    @field_validator("default_model")
+    @classmethod
+    def _known_model(cls, name: str) -> str:
+        if name not in CARDS:
+            raise ValueError(f"no feature model is called {name!r}; there are {', '.join(CARDS)}")
+        return name
+
+    @field_validator("weights")
+    @classmethod
+    def _known_models(cls, weights: dict[str, Path]) -> dict[str, Path]:
+        for name in weights:
+            cls._known_model(name)
+        return weights
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic passes it by name
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Rank the sources: arguments, environment, file."""
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=cls._toml))
+
+
+def load_settings(arguments: Sequence[str]) -> Settings:
+    """Return the settings for a command line. Exits with a message for `--help` and for malformed arguments.
+
+    Raises FileNotFoundError for a `--config` that is not there, and pydantic's ValidationError.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path, default=os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"))
+    config = early.parse_known_args(arguments)[0].config
+    if config is not None and not Path(config).is_file():
+        raise FileNotFoundError(f"config: {config} does not exist")
+
+    class FromFile(Settings):
+        _toml: ClassVar[Path | None] = config
+
+    FromFile.__doc__ = Settings.__doc__
+    return FromFile(_cli_settings_source=_command_line(FromFile)(args=list(arguments)))  # type: ignore[call-arg]
+
+
+def _command_line(settings: type[Settings]) -> CliSettingsSource[argparse.ArgumentParser]:
+    return CliSettingsSource(
+        settings,
+        cli_prog_name="nst-server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=False,
+        root_parser=argparse.ArgumentParser(
+            prog="nst-server",
+            description="Neural style transfer as a gRPC service. Each setting may also come from the environment "
+            "(NST_QUEUE_SIZE=4) or from a TOML file named by --config (queue_size = 4); the command line goes first.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ),
+    )

@@ -1,0 +1,71 @@
+"""From refusals to gRPC status codes with google.rpc details: one table, used by every servicer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from nst_server.errors import (
+    AlreadyExists,
+    InvalidField,
+    ModelNotFetched,
+    NotFound,
+    QueueFull,
+    RequestError,
+    Stopping,
+    StorageFull,
+)
+
+DOMAIN = "nst"
+
+CODES: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    ModelNotFetched: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Stopping: grpc.StatusCode.UNAVAILABLE,
+}
+
+STOPPING_RETRY_S = 5.0
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError) -> None:
+    """End an RPC with the status that stands for `error`; never returns normally."""
+    status = rpc_status.to_status(
+        status_pb2.Status(
+            code=CODES[type(error)].value[0],
+            message=str(error),
+            details=[_packed(detail) for detail in _details(error)],
+        )
+    )
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _details(error: RequestError) -> list[Any]:
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if isinstance(error, InvalidField | NotFound):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, QueueFull):
+        details.append(_retry(error.retry_after_s))
+    if isinstance(error, Stopping):
+        details.append(_retry(STOPPING_RETRY_S))
+    return details
+
+
+def _retry(seconds: float) -> Any:
+    whole = int(seconds)
+    delay = duration_pb2.Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _packed(detail: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

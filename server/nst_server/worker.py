@@ -1,0 +1,265 @@
+"""The worker process: one device, one task at a time. The only part of the server that imports torch.
+
+Three threads: the main one computes; a reader takes tasks and cancellations; a sender writes to the pipe, so that the
+optimization never waits for the front. Pictures have a slot for the newest one only; everything else is queued.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import torch
+
+import nst_model
+from nst_model import FeatureModel, Iterate, NstModelError, StopReason, StylizeOptions, WeightedGrams
+from nst_model.weights import load_weights
+from nst_server.gram_cache import GramCache, GramKey
+from nst_server.messages import (
+    Cancel,
+    Cancelled,
+    Done,
+    Ending,
+    Failed,
+    Message,
+    Pictured,
+    PrepareTask,
+    Progressed,
+    Ready,
+    Refused,
+    Started,
+    StyleImage,
+    StylizeTask,
+    Task,
+    WorkerConfig,
+)
+
+RATE_WINDOW = 10
+"""Iterations that the rate is averaged over."""
+
+
+def main(connection: Connection, config: WorkerConfig) -> None:
+    """Run a worker process until the front closes the pipe."""
+    # Signals for the terminal's or the service's whole process group are the front's affair; it closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
+    sender = _Sender(connection)
+    try:
+        worker = Worker(config, sender)
+    except NstModelError as error:
+        sender.send(Refused(str(error)))
+        sender.close()
+        return
+    reader = _Reader(connection)
+    sender.send(Ready(str(worker.model(config.model).device), tuple(nst_model.available_devices())))
+    while True:
+        task, stop = reader.next_task()
+        sender.send(worker.run(task, stop))
+
+
+class Worker:
+    """Runs tasks on one device. Raises NstModelError if the device or the first model cannot be had."""
+
+    def __init__(self, config: WorkerConfig, sender: _Sender) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._config = config
+        self._device = nst_model.resolve_device(config.device)
+        self._sender = sender
+        self._grams = GramCache(config.grams)
+        self._models: dict[str, FeatureModel] = {}
+        self.model(config.model)
+
+    def model(self, name: str) -> FeatureModel:
+        """Return a feature model on this worker's device, loaded once."""
+        if name not in self._models:
+            weights = load_weights(name, self._config.weights.get(name))
+            self._models[name] = FeatureModel(weights, self._device)
+        return self._models[name]
+
+    def run(self, task: Task, stop: threading.Event) -> Ending:
+        """Run a task to its end; whatever goes wrong is an ending too."""
+        try:
+            match task:
+                case StylizeTask():
+                    return self._stylize(task, stop)
+                case PrepareTask():
+                    self._style_grams(task.model, task.styles, task.options)
+                    return Done(task.id)
+        except NstModelError as error:
+            return Failed(
+                task.id,
+                "MODEL_UNAVAILABLE" if isinstance(error, LookupError | RuntimeError) else "INTERNAL",
+                str(error),
+            )
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+                advice = "choose a smaller size_px, a shorter history, or precision bf16"
+                return Failed(task.id, "OUT_OF_MEMORY", f"{self._device} has too little memory for this job; {advice}")
+            traceback.print_exc()
+            return Failed(task.id, "INTERNAL", f"{type(error).__name__}: {error}")
+
+    def _stylize(self, task: StylizeTask, stop: threading.Event) -> Ending:
+        model = self.model(task.model)
+        clock = _Clock(task.options.iterations)
+        self._sender.send(Started(task.id, model.precision(task.options).value))
+        styles = self._style_grams(task.model, task.styles, task.options)
+        content = nst_model.from_pixels(task.content)
+        best: Iterate | None = None
+        reason = StopReason.ITERATIONS
+        for iterate in nst_model.stylize(model, content, styles, task.options, stop=stop):
+            if best is None or iterate.loss < best.loss:
+                best = iterate
+            if iterate.stop_reason is StopReason.DIVERGED:  # the best one again, with the news
+                reason = iterate.stop_reason
+                break
+            self._report(task, iterate, clock)
+            reason = iterate.stop_reason or reason
+        if stop.is_set() or best is None:
+            return Cancelled(task.id)
+        return Done(task.id, nst_model.to_pixels(best.picture), best.index, best.loss, reason.value)
+
+    def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock) -> None:
+        elapsed_s, rate, remaining_s = clock.tick(iterate.index)
+        losses = (iterate.loss, iterate.content_loss, iterate.style_losses)
+        self._sender.send(
+            Progressed(task.id, iterate.index, task.options.iterations, *losses, elapsed_s, rate, remaining_s)
+        )
+        if task.frame_interval and iterate.index % task.frame_interval == 0:
+            self._sender.send_picture(Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture)))
+
+    def _style_grams(
+        self, model_name: str, styles: Sequence[StyleImage], options: StylizeOptions
+    ) -> list[WeightedGrams]:
+        found = [
+            WeightedGrams(self._image_grams(self.model(model_name), image, options), image.weight) for image in styles
+        ]
+        self._grams.trim(self._config.grams_max_bytes)
+        return found
+
+    def _image_grams(self, model: FeatureModel, image: StyleImage, options: StylizeOptions) -> dict[str, torch.Tensor]:
+        key = GramKey(
+            model.weights.name,
+            model.weights.sha256,
+            image.sha256,
+            image.size_px,
+            options.pooling,
+            model.precision(options),
+        )
+        wanted = [layer for layer, weight in options.style_layers.items() if weight > 0]
+        kept = self._grams.load(key, wanted)
+        missing = {layer: 1.0 for layer in wanted if layer not in kept}
+        if missing:
+            computed = model.grams(
+                nst_model.from_pixels(image.pixels), dataclasses.replace(options, style_layers=missing)
+            )
+            self._grams.save(key, computed)
+            kept |= computed
+        return kept
+
+
+class _Clock:
+    """Seconds, rate and estimate of one run."""
+
+    def __init__(self, iterations: int) -> None:
+        self._start = time.monotonic()
+        self._iterations = iterations
+        self._ticks: collections.deque[tuple[int, float]] = collections.deque(maxlen=RATE_WINDOW + 1)
+
+    def tick(self, iteration: int) -> tuple[float, float, float]:
+        """Return elapsed seconds, iterations per second and remaining seconds; 0 for what is unknown."""
+        now = time.monotonic()
+        self._ticks.append((iteration, now))
+        first, then = self._ticks[0]
+        rate = (iteration - first) / (now - then) if iteration > first and now > then else 0.0
+        return now - self._start, rate, (self._iterations - iteration) / rate if rate else 0.0
+
+
+class _Reader(threading.Thread):
+    """Reads tasks and cancellations; ends the process when the front is gone."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(daemon=True, name="reader")
+        self._connection = connection
+        self._tasks: queue.SimpleQueue[tuple[Task, threading.Event]] = queue.SimpleQueue()
+        self.start()
+
+    def next_task(self) -> tuple[Task, threading.Event]:
+        """Wait for a task; return it with the event that is set when it is cancelled."""
+        return self._tasks.get()
+
+    def run(self) -> None:
+        current: tuple[str, threading.Event] | None = None
+        while True:
+            try:
+                message: Task | Cancel = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # in the middle of whatever is being computed: nobody wants it any more
+            if isinstance(message, Cancel):
+                if current is not None and current[0] == message.id:
+                    current[1].set()
+            else:
+                current = (message.id, threading.Event())
+                self._tasks.put((message, current[1]))
+
+
+class _Sender(threading.Thread):
+    """Writes messages in order, and of pictures the newest."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(daemon=True, name="sender")
+        self._connection = connection
+        self._waiting = threading.Condition()
+        self._messages: collections.deque[Message] = collections.deque()
+        self._picture: Pictured | None = None
+        self._closed = False
+        self.start()
+
+    def send(self, message: Message) -> None:
+        """Queue a message. An ending goes after the picture that is still waiting."""
+        with self._waiting:
+            if isinstance(message, Ending) and self._picture is not None:
+                self._messages.append(self._picture)
+                self._picture = None
+            self._messages.append(message)
+            self._waiting.notify()
+
+    def send_picture(self, picture: Pictured) -> None:
+        """Send a picture when the pipe is free, unless a newer one comes first."""
+        with self._waiting:
+            self._picture = picture
+            self._waiting.notify()
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        with self._waiting:
+            self._closed = True
+            self._waiting.notify()
+        self.join()
+
+    def run(self) -> None:
+        while (message := self._next()) is not None:
+            try:
+                self._connection.send(message)
+            except OSError:
+                os._exit(0)
+
+    def _next(self) -> Message | None:
+        with self._waiting:
+            while not (self._messages or self._picture or self._closed):
+                self._waiting.wait()
+            if self._messages:
+                return self._messages.popleft()
+            picture, self._picture = self._picture, None
+            return picture
