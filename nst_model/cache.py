@@ -17,10 +17,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("NST_CACHE_DIR") or platformdirs.user_cache_path("nst")) / "models"
 
 
-def cached_file(name: str) -> Path | None:
-    """Return the cached file of model `name`, or None if it has not been fetched."""
-    found = sorted(cache_folder().glob(f"{name}.v{FORMAT}.*.safetensors"))
+PUBLISHED = "published"
+
+
+def cached_file(name: str, source: str = PUBLISHED) -> Path | None:
+    """Return the cached file of model `name`, or None if it is not there.
+
+    `source` is PUBLISHED for the weights that `nst-model fetch` brought, or the SHA-256 of a local file.
+    """
+    found = sorted(cache_folder().glob(f"{name}.v{FORMAT}.{source}.*.safetensors"))
     return found[-1] if found else None
+
+
+def cache_name(name: str, source: str, content_sha256: str) -> str:
+    """Return the name of a cached file; it ends in the SHA-256 that its content must have."""
+    return f"{name}.v{FORMAT}.{source}.{content_sha256}.safetensors"
 
 
 def published_sha256(file: Path) -> str:

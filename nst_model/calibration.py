@@ -71,11 +71,13 @@ def dead_leaves(size_px: int, random: torch.Generator) -> Tensor:
     radii = _power_law_radii(4000, 2.0, size_px / 3, random)
     centres = torch.rand(len(radii), 2, generator=random) * size_px
     colours = _colours(torch.randn(3, len(radii), generator=random))
-    y, x = torch.meshgrid(torch.arange(size_px), torch.arange(size_px), indexing="ij")
     image = colours[:, :1, None].expand(3, size_px, size_px).clone()
     for (cy, cx), radius, colour in zip(centres.tolist(), radii.tolist(), colours.T, strict=True):
-        disc = (y - cy) ** 2 + (x - cx) ** 2 < radius**2
-        image[:, disc] = colour[:, None]
+        top, left = max(0, int(cy - radius)), max(0, int(cx - radius))
+        window = image[:, top : int(cy + radius) + 2, left : int(cx + radius) + 2]
+        y = torch.arange(top, top + window.shape[1])[:, None]
+        x = torch.arange(left, left + window.shape[2])[None]
+        window[:, (y - cy) ** 2 + (x - cx) ** 2 < radius**2] = colour[:, None]
     return image
 
 

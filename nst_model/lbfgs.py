@@ -11,7 +11,7 @@ Two departures from the textbook, both for this problem:
   passes one small vector to the host for each iteration, where `torch.optim.LBFGS` passes two numbers a pair.
 - No line search, which would cost evaluations, but a cap on the step's root mean square. The unknowns are pixels in
   [0, 1], so the cap has a meaning: no step moves the picture by more than 5 % of its range. It removes the overshoot
-  of the first iterations, when γ comes from a single pair.
+  of the first iterations, when γ comes from a single pair. A step that overshoots all the same is backed up from.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ FIRST_STEP_RMS = 0.02
 
 MAX_STEP_RMS = 0.05
 """Largest root mean square of any later step."""
+
+BACK = 0.25
+"""How far an overshooting step is made good again: this part of it is kept."""
 
 MIN_CURVATURE = 1e-10
 """Pairs with sᵀy ≤ this times yᵀy are left out: they would make H indefinite."""
@@ -55,6 +58,7 @@ class LBFGS:
         self._slots: list[int] = []  # rows in use, oldest pair first
         self._candidate: int | None = None  # row of the pair that the next gradient completes
         self._g: Tensor | None = None
+        self._g_before: Tensor | None = None
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps a quarter as long: what to do after a step led nowhere."""
@@ -69,10 +73,12 @@ class LBFGS:
         """Return the inner products that `step` needs, one vector on the device, given the gradient at `x`."""
         g = gradient.detach().reshape(-1)
         newest_y = g
+        self._g_before = self._g
         if self._candidate is not None and self._g is not None:
             newest_y = torch.sub(g, self._g, out=self._pairs[self._candidate, 1])
         self._g = g
-        products = self._used() @ torch.stack((g, newest_y)).T
+        rows = max([*self._slots, -1 if self._candidate is None else self._candidate], default=-1) + 1
+        products = self._pairs[:rows].flatten(0, 1) @ torch.stack((g, newest_y)).T
         return torch.cat((products.flatten(), g.dot(g)[None]))
 
     def step(self, products: np.ndarray) -> None:
@@ -83,7 +89,7 @@ class LBFGS:
         coefficients, gamma = self._direction(table[:, :, 0])
         d = self._g * -gamma
         if self._slots:
-            d += torch.from_numpy(coefficients.ravel()).to(d) @ self._used()
+            d += torch.from_numpy(coefficients.ravel()).to(d) @ self._pairs[: len(table)].flatten(0, 1)
         rms = torch.linalg.vector_norm(d) / d.numel() ** 0.5
         limit = self.max_step_rms if self._slots else min(FIRST_STEP_RMS, self.max_step_rms)
         length = limit / rms.clamp_min(torch.finfo(d.dtype).tiny)
@@ -92,9 +98,13 @@ class LBFGS:
         self._candidate = self._free_row()
         self._pairs[self._candidate, 0] = d
 
-    def _used(self) -> Tensor:
-        rows = max([*self._slots, -1 if self._candidate is None else self._candidate], default=-1) + 1
-        return self._pairs[:rows].flatten(0, 1)
+    def back_up(self) -> None:
+        """Take back three quarters of the last step, in place of `step`, after it raised the objective too much."""
+        assert self._candidate is not None, "there is no step to take back"
+        s = self._pairs[self._candidate, 0]
+        self.x = self.x - ((1 - BACK) * s).view_as(self.x)
+        s *= BACK
+        self._g = self._g_before
 
     def _free_row(self) -> int:
         capacity = len(self._pairs)

@@ -7,6 +7,7 @@ clips. The optimization itself is not clipped: that would break L-BFGS's curvatu
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from nst_model.options import Init, LayerWeights, Pooling, Precision, StylizeOpt
 from nst_model.weights import FeatureWeights
 
 NOISE_MEAN, NOISE_SPREAD = 0.5, 0.1
+OVERSHOOT = 2.0
+"""A step that multiplies the loss by more than this is backed up from."""
 MAX_RESTARTS = 5
 """Restarts in a row after which a loss that stays infinite or NaN ends the run."""
 
@@ -195,6 +198,7 @@ def minimize(
     """Yield the iterates of L-BFGS on a scripted objective, from `start` (1, 3, H, W). See `stylize`."""
     optimizer = LBFGS(start, min(options.history, options.iterations))
     best: Iterate | None = None
+    loss_before = math.inf
     failures = 0
     for index in range(options.iterations + 1):
         if stop is not None and stop.is_set():
@@ -205,6 +209,7 @@ def minimize(
             if best is None or failures > MAX_RESTARTS:
                 break
             optimizer.restart(best.picture[None])
+            loss_before = math.inf
             continue
         failures = 0
         if best is None or iterate.loss < best.loss:
@@ -216,7 +221,11 @@ def minimize(
             yield dataclasses.replace(iterate, stop_reason=StopReason.ITERATIONS)
             return
         yield iterate
-        optimizer.step(products)
+        if iterate.loss > OVERSHOOT * loss_before:
+            optimizer.back_up()
+        else:
+            loss_before = iterate.loss
+            optimizer.step(products)
     if best is None:
         raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
     yield dataclasses.replace(best, stop_reason=StopReason.DIVERGED)

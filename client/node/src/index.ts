@@ -1,0 +1,47 @@
+// Client of the neural style transfer service.
+export { credentials } from '@grpc/grpc-js';
+export { NstClient } from './client.js';
+export type { CallOptions, ClientOptions, CreateStyleRequest, ListOptions, StylizeRequest } from './client.js';
+export {
+  AlreadyExistsError,
+  BrokenStreamError,
+  CancelledError,
+  DeadlineExceededError,
+  FailedPreconditionError,
+  InvalidArgumentError,
+  JobCancelledError,
+  JobFailedError,
+  NotFoundError,
+  NstError,
+  QueueFullError,
+  ResourceExhaustedError,
+  ServerError,
+  UnavailableError,
+} from './errors.js';
+export type {
+  EventHeader,
+  FrameEvent,
+  ProgressEvent,
+  ResultEvent,
+  SnapshotEvent,
+  StateChangeEvent,
+  StylizeEvent,
+} from './events.js';
+export type { EncodedImage } from './image_parts.js';
+export type { ImageSource, StyleImageSource, StyleSource } from './images.js';
+export type {
+  Encoding,
+  ImageFormat,
+  Job,
+  JobState,
+  Model,
+  OptionDescription,
+  Preview,
+  Progress,
+  StopReason,
+  Style,
+  StylizeOptions,
+} from './messages.js';
+export type { JsonValue } from './plain.js';
+export type { FieldViolation } from './status_details.js';
+export type { Stylization } from './stylization.js';

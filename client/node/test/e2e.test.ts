@@ -1,0 +1,190 @@
+// The client against a real server: NST_TEST_SERVER=localhost:50051 npm run test:e2e
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+import { crc32, deflateSync, inflateSync } from 'node:zlib';
+import { CancelledError, InvalidArgumentError, NotFoundError, NstClient, type StylizeEvent } from '@nst/client';
+
+const address = process.env['NST_TEST_SERVER'];
+assert.ok(address, 'NST_TEST_SERVER must name a running nst-server, for instance localhost:50051');
+
+const options = { sizePx: 64, iterations: 5 };
+const deadlineMs = 240_000;
+let client: NstClient;
+
+before(() => {
+  client = new NstClient(address);
+});
+
+after(() => client.close());
+
+function chunk(type: string, data: Buffer): Buffer {
+  const body = Buffer.concat([Buffer.from(type), data]);
+  const [length, checksum] = [Buffer.alloc(4), Buffer.alloc(4)];
+  length.writeUInt32BE(data.length);
+  checksum.writeUInt32BE(crc32(body));
+  return Buffer.concat([length, body, checksum]);
+}
+
+/** An RGB PNG file of `color(x, y)`. */
+function png(width: number, height: number, color: (x: number, y: number) => [number, number, number]): Buffer {
+  const header = Buffer.alloc(13);
+  header.writeUInt32BE(width, 0);
+  header.writeUInt32BE(height, 4);
+  header.set([8, 2], 8);
+  const rows = Array.from({ length: height }, (_, y) =>
+    Buffer.from([0, ...Array.from({ length: width }, (_, x) => color(x, y)).flat()]),
+  );
+  return Buffer.concat([
+    Buffer.from('\x89PNG\r\n\x1a\n', 'latin1'),
+    chunk('IHDR', header),
+    chunk('IDAT', deflateSync(Buffer.concat(rows))),
+    chunk('IEND', Buffer.alloc(0)),
+  ]);
+}
+
+/** Width, height and bytes a row of a PNG file, whose checksums and compressed data are checked. */
+function readPng(file: Buffer): { width: number; height: number; bytesPerRow: number } {
+  assert.equal(file.toString('latin1', 0, 8), '\x89PNG\r\n\x1a\n');
+  const data: Buffer[] = [];
+  let header: Buffer = Buffer.alloc(0);
+  for (let at = 8; at < file.length;) {
+    const length = file.readUInt32BE(at);
+    const body = file.subarray(at + 4, at + 8 + length);
+    assert.equal(file.readUInt32BE(at + 8 + length), crc32(body));
+    const type = body.toString('latin1', 0, 4);
+    if (type === 'IHDR') header = body.subarray(4);
+    if (type === 'IDAT') data.push(body.subarray(4));
+    at += 12 + length;
+  }
+  const [width, height] = [header.readUInt32BE(0), header.readUInt32BE(4)];
+  return { width, height, bytesPerRow: inflateSync(Buffer.concat(data)).length / height };
+}
+
+const photo = png(96, 72, (x, y) => [(x * 5) % 256, (y * 7) % 256, ((x >> 3) + (y >> 3)) % 2 ? 200 : 40]);
+const stripes = png(64, 64, (x, y) => ((x + y) % 12 < 6 ? [230, 60, 20] : [20, 40, 160]));
+const checks = png(64, 64, (x, y) => (((x >> 2) + (y >> 2)) % 2 ? [250, 220, 40] : [10, 120, 90]));
+
+async function rejection(promise: Promise<unknown>): Promise<Error> {
+  return promise.then(
+    () => assert.fail('it did not throw'),
+    (error: Error) => error,
+  );
+}
+
+test('the server names its models, exactly one of them the default and first', async () => {
+  const models = await client.listModels();
+  assert.equal(models[0]?.isDefault, true);
+  assert.equal(models.filter(({ isDefault }) => isDefault).length, 1);
+  for (const { name, layers } of models) {
+    assert.match(name, /^models\//);
+    assert.ok(layers.length > 0);
+  }
+});
+
+test('the server describes every option', async () => {
+  const described = new Map((await client.describeOptions()).map((option) => [option.key, option]));
+  const size = described.get('sizePx');
+  assert.equal(size?.name, 'size_px');
+  assert.equal(size?.type, 'integer');
+  assert.ok(typeof size?.defaultValue === 'number' && size.minimum! <= size.defaultValue && size.unit === 'px');
+  assert.deepEqual(described.get('init')?.choices, ['content', 'noise']);
+  assert.equal(typeof described.get('styleLayers')?.defaultValue, 'object');
+});
+
+test('a picture is made: snapshot, running, every iteration, result, succeeded, numbered without gaps', async () => {
+  const all: StylizeEvent[] = [];
+  const request = { content: photo, styles: [stripes], options, preview: { interval: 1 } };
+  for await (const event of client.stylize(request, { deadlineMs })) all.push(event);
+
+  const first = all[0];
+  assert.ok(first?.kind === 'snapshot');
+  assert.match(first.job.name, /^jobs\//);
+  assert.equal(first.job.options?.iterations, 5);
+  const last = all.at(-1);
+  assert.ok(last?.kind === 'stateChange');
+  assert.equal(last.job.state, 'succeeded');
+  assert.ok(all.some((event) => event.kind === 'stateChange' && event.job.state === 'running'));
+
+  const iterations = all.flatMap((event) => (event.kind === 'progress' ? [event.iteration] : []));
+  assert.deepEqual(iterations, [0, 1, 2, 3, 4, 5]);
+  const frames = all.filter((event) => event.kind === 'frame');
+  assert.ok(frames.length >= 1);
+  assert.ok(frames.length + frames.reduce((sum, { skipped }) => sum + skipped, 0) <= 6);
+  for (const { image } of frames) {
+    assert.equal(image.format, 'jpeg');
+    assert.deepEqual([...image.data.subarray(0, 2)], [0xff, 0xd8]);
+  }
+
+  const results = all.filter((event) => event.kind === 'result');
+  assert.equal(results.length, 1);
+  const { image, stopReason, loss } = results[0]!;
+  assert.equal(all.indexOf(results[0]!), all.length - 2);
+  assert.deepEqual([image.format, image.width, image.height, stopReason], ['png', 64, 48, 'iterations']);
+  assert.ok(loss > 0);
+  assert.deepEqual(readPng(image.data), { width: 64, height: 48, bytesPerRow: 1 + 3 * 64 });
+
+  let sequence = first.sequence;
+  for (const event of all.slice(1)) {
+    if (event.kind !== 'frame') sequence += 1;
+    assert.equal(event.sequence, sequence, `${event.kind} has number ${event.sequence}, not ${sequence}`);
+    assert.equal(event.attempt, 1);
+  }
+});
+
+test('what is out of range is refused with the name of the field', async () => {
+  const wrong = { ...options, iterations: 0 };
+  const error = await rejection(client.stylize({ content: photo, styles: [stripes], options: wrong }).result());
+  assert.ok(error instanceof InvalidArgumentError, String(error));
+  assert.equal(error.field, 'options.iterations');
+  assert.match(error.message, /iterations.*0/);
+});
+
+test('a model and a style that do not exist are NotFoundErrors', async () => {
+  const request = { content: photo, styles: [stripes], options };
+  const noModel = await rejection(client.stylize({ ...request, model: 'models/no-such' }).result());
+  assert.ok(noModel instanceof NotFoundError, String(noModel));
+  const noStyle = await rejection(client.stylize({ ...request, styles: [{ style: 'styles/no-such' }] }).result());
+  assert.ok(noStyle instanceof NotFoundError, String(noStyle));
+});
+
+test('a job is cancelled by the signal, and the server takes the next one', async () => {
+  const stop = new AbortController();
+  const request = { content: photo, styles: [stripes], options: { ...options, iterations: 10_000 } };
+  const iterations: number[] = [];
+  const error = await rejection(
+    (async () => {
+      for await (const event of client.stylize(request, { signal: stop.signal, deadlineMs })) {
+        if (event.kind !== 'progress') continue;
+        iterations.push(event.iteration);
+        stop.abort();
+      }
+    })(),
+  );
+  assert.ok(error instanceof CancelledError, String(error));
+  assert.deepEqual(iterations, [0]);
+  await client.stylize({ content: photo, styles: [stripes], options }, { deadlineMs: 60_000 }).result();
+});
+
+test('a style is created, found, listed, used and deleted', async () => {
+  const id = `node-test-${process.pid}-${Date.now()}`;
+  const images = [stripes, { image: checks, weight: 0.5 }];
+  const created = await client.createStyle({ images, id, displayName: 'Stripes and checks' });
+  assert.equal(created.name, `styles/${id}`);
+  try {
+    const style = await client.getStyle(created.name);
+    assert.equal(style.displayName, 'Stripes and checks');
+    const [first, second] = style.images;
+    assert.deepEqual([first?.width, first?.height, style.images.length], [64, 64, 2]);
+    assert.ok(Math.abs(first!.weight! / second!.weight! - 2) < 1e-6, 'the weights are 1 and 0.5, or their shares');
+    const names: string[] = [];
+    for await (const { name } of client.listStyles({ pageSize: 1 })) names.push(name);
+    assert.ok(names.includes(created.name));
+    const styles = [{ style: created.name, weight: 2 }, checks];
+    const output = { format: 'jpeg' } as const;
+    const { image } = await client.stylize({ content: photo, styles, options, output }, { deadlineMs }).result();
+    assert.deepEqual([image.format, image.width, image.height], ['jpeg', 64, 48]);
+  } finally {
+    await client.deleteStyle(created.name);
+  }
+  assert.ok((await rejection(client.getStyle(created.name))) instanceof NotFoundError);
+});

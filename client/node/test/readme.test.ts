@@ -1,0 +1,107 @@
+// What the README and the examples promise works when it is typed in.
+import assert from 'node:assert/strict';
+import { execFile, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { ScriptedServer, send, wholeJob, type StylizeCall } from './scripted_server.js';
+
+const run = promisify(execFile);
+const root = fileURLToPath(new URL('../..', import.meta.url));
+// Inside the package, so that its own name resolves.
+const programs = join(root, 'dist/test/readme');
+
+let folder: string;
+let server: ScriptedServer;
+let job: (call: StylizeCall) => void | Promise<void>;
+
+before(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'nst-'));
+  await writeFile(join(folder, 'photo.jpg'), 'a photo');
+  await writeFile(join(folder, 'style.jpg'), 'a style');
+  await mkdir(programs, { recursive: true });
+  server = await ScriptedServer.start({ stylize: (call) => job(call) });
+});
+
+after(async () => {
+  server.stop();
+  await rm(folder, { recursive: true });
+  await rm(programs, { recursive: true });
+});
+
+async function programsOfReadme(): Promise<string[]> {
+  const readme = await readFile(join(root, 'README.md'), 'utf8');
+  return [...readme.matchAll(/^```js\n(.*?)^```$/gms)].map(([, code]) => code!);
+}
+
+test('every program in the README runs', async () => {
+  const sse = await readFile(join(root, 'examples/sse.mjs'), 'utf8');
+  const all = await programsOfReadme();
+  assert.ok(all.includes(sse), "the README's web app is not examples/sse.mjs");
+  const rest = all.filter((code) => code !== sse);
+  assert.ok(rest.length >= 5);
+  job = (call) => wholeJob(call);
+  for (const [index, code] of rest.entries()) {
+    const program = join(programs, `${index}.mjs`);
+    await writeFile(program, code.replace(/NstClient\((?:'localhost:50051')?\)/, `NstClient('${server.address}')`));
+    await run(process.execPath, [program], { cwd: folder, timeout: 20_000 });
+  }
+  assert.equal(await readFile(join(folder, 'preview.jpg'), 'utf8'), 'frame 2');
+  assert.equal(await readFile(join(folder, 'result.png'), 'utf8'), 'the picture');
+});
+
+test('examples/stylize.mjs writes the frames and the result, and shows the progress', async () => {
+  job = (call) => wholeJob(call, { iterations: 3 });
+  const example = join(root, 'examples/stylize.mjs');
+  const { stdout } = await run(process.execPath, [example, 'photo.jpg', 'style.jpg', '--server', server.address], {
+    cwd: folder,
+  });
+  assert.match(stdout, /3\/3 {2}loss 2\.500/);
+  assert.match(stdout, /out\/result\.png: 40×30, loss 1\.500/);
+  assert.equal((await readdir(join(folder, 'out/frames'))).length, 4);
+  assert.equal(await readFile(join(folder, 'out/result.png'), 'utf8'), 'the picture');
+});
+
+test('examples/stylize.mjs says in one line what went wrong', async () => {
+  const example = join(root, 'examples/stylize.mjs');
+  const failed = run(process.execPath, [example, 'photo.jpg', 'style.jpg', '--server', '127.0.0.1:1'], { cwd: folder });
+  await assert.rejects(failed, (error: any) => {
+    assert.equal(error.code, 1);
+    assert.match(error.stderr, /^\nUnavailableError: the server at 127\.0\.0\.1:1 is not available.*\n$/);
+    return true;
+  });
+});
+
+test('examples/sse.mjs streams the making of a picture to a web page, and cancels it when the page closes', async () => {
+  const example = join(root, 'examples/sse.mjs');
+  const web = spawn(process.execPath, [example, 'photo.jpg', 'style.jpg', server.address, '0'], { cwd: folder });
+  try {
+    const [printed] = await once(web.stdout, 'data');
+    const address = String(printed).trim();
+    assert.match(await (await fetch(address)).text(), /new EventSource\('\/events'\)/);
+
+    job = (call) => wholeJob(call, { iterations: 1 });
+    const stream = await (await fetch(`${address}/events`)).text();
+    const names = [...stream.matchAll(/^event: (.*)$/gm)].map(([, name]) => name);
+    assert.deepEqual(names, ['progress', 'picture', 'progress', 'picture', 'picture', 'end']);
+    assert.match(stream, new RegExp(`^data: {"url":"data:image/png;base64,${btoa('the picture')}"}$`, 'm'));
+    assert.match(stream, /event: end\ndata: "done"\n\n$/);
+
+    const cancelled = new Promise((resolve) => {
+      job = async (call) => {
+        call.once('cancelled', resolve);
+        await send(call, { progress: {} });
+      };
+    });
+    const page = new AbortController();
+    await (await fetch(`${address}/events`, { signal: page.signal })).body!.getReader().read();
+    page.abort();
+    await cancelled;
+  } finally {
+    web.kill();
+  }
+});

@@ -1,0 +1,203 @@
+// The contract on a real loopback socket, with a script for each call.
+import { createHash } from 'node:crypto';
+import { once } from 'node:events';
+import { connect, createServer, type Socket } from 'node:net';
+import { fileURLToPath } from 'node:url';
+import {
+  loadPackageDefinition,
+  Metadata,
+  Server,
+  ServerCredentials,
+  status,
+  type sendUnaryData,
+  type ServerUnaryCall,
+  type ServerWritableStream,
+} from '@grpc/grpc-js';
+import { fromJSON, loadSync, type MessageTypeDefinition } from '@grpc/proto-loader';
+import type { ImagePart__Input } from '../dist/generated/nst/v1/ImagePart.js';
+import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
+import type { ModelServiceHandlers } from '../dist/generated/nst/v1/ModelService.js';
+import type { StyleServiceHandlers } from '../dist/generated/nst/v1/StyleService.js';
+import type { StyleTransferServiceHandlers } from '../dist/generated/nst/v1/StyleTransferService.js';
+import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
+import type { StylizeResponse__Input } from '../dist/generated/nst/v1/StylizeResponse.js';
+
+export type StylizeCall = ServerWritableStream<StylizeRequest, StylizeResponse__Input | Buffer>;
+
+/** What a server does with its calls. */
+export type Script = {
+  stylize?: (call: StylizeCall) => void | Promise<void>;
+} & Partial<Omit<StyleTransferServiceHandlers, 'Stylize'> & StyleServiceHandlers & ModelServiceHandlers>;
+
+const services = ['StyleTransferService', 'StyleService', 'ModelService'] as const;
+
+const contract = (
+  loadPackageDefinition(
+    loadSync(['nst/v1/style_transfer_service.proto', 'nst/v1/style_service.proto', 'nst/v1/model_service.proto'], {
+      includeDirs: [fileURLToPath(new URL('../proto', import.meta.url))],
+      longs: Number,
+      enums: String,
+      defaults: true,
+      arrays: true,
+      objects: true,
+    }),
+  ) as any
+).nst.v1;
+
+/** A running server that answers as the script says, and UNIMPLEMENTED to the rest. */
+export class ScriptedServer {
+  readonly #server = new Server();
+  address = '';
+
+  static async start(script: Script): Promise<ScriptedServer> {
+    const scripted = new ScriptedServer();
+    const handlers = { ...script, Stylize: (call: StylizeCall) => void script.stylize?.(call) };
+    for (const name of services) scripted.#server.addService(rawReplies(contract[name].service), handlers as any);
+    const port = await new Promise<number>((resolve, reject) => {
+      scripted.#server.bindAsync('127.0.0.1:0', ServerCredentials.createInsecure(), (error, port) =>
+        error ? reject(error) : resolve(port),
+      );
+    });
+    scripted.address = `127.0.0.1:${port}`;
+    return scripted;
+  }
+
+  /** Drops every connection. */
+  stop(): void {
+    this.#server.forceShutdown();
+  }
+}
+
+/** Lets a script send bytes that the contract does not know. */
+function rawReplies(service: Record<string, any>): any {
+  const serialize = (method: any) => (reply: unknown) =>
+    Buffer.isBuffer(reply) ? reply : method.responseSerialize(reply);
+  return Object.fromEntries(
+    Object.entries(service).map(([name, method]) => [name, { ...method, responseSerialize: serialize(method) }]),
+  );
+}
+
+/** Sends one event; resolves when the stream takes more. */
+export async function send(call: StylizeCall, event: JobEvent__Input): Promise<void> {
+  const header = { attempt: 1, eventTime: { seconds: 1_700_000_000, nanos: 500_000_000 } };
+  if (call.write({ event: { ...header, ...event } })) return;
+  const cancelled = new AbortController();
+  const stop = () => cancelled.abort();
+  call.once('cancelled', stop);
+  await once(call, 'drain', { signal: cancelled.signal }).catch(() => undefined);
+  call.off('cancelled', stop);
+}
+
+/** The parts of an image file, as the server cuts it. */
+export function parts(data: Buffer, size = 2 << 20): ImagePart__Input[] {
+  const sha256 = createHash('sha256').update(data).digest('hex');
+  const cut: ImagePart__Input[] = [];
+  for (let offset = 0; offset < data.length; offset += size) {
+    const whole = offset + size >= data.length;
+    cut.push({
+      format: 'IMAGE_FORMAT_PNG',
+      width: 40,
+      height: 30,
+      totalBytes: data.length,
+      offset,
+      data: data.subarray(offset, offset + size),
+      sha256: whole ? sha256 : '',
+    });
+  }
+  return cut;
+}
+
+/** A whole job: snapshot, running, `iterations` + 1 progress events and frames, result, succeeded. */
+export async function wholeJob(call: StylizeCall, { iterations = 2, result = Buffer.from('the picture') } = {}) {
+  const job = { name: 'jobs/1', model: 'models/tiny', width: 40, height: 30 };
+  let sequence = 0;
+  await send(call, { sequence, snapshot: { ...job, state: 'JOB_STATE_QUEUED', createTime: { seconds: 1 } } });
+  await send(call, { sequence: ++sequence, stateChange: { job: { ...job, state: 'JOB_STATE_RUNNING' } } });
+  for (let iteration = 0; iteration <= iterations; iteration++) {
+    const progress = { iteration, iterations, loss: 10 / (1 + iteration), styleLosses: { relu1_1: 0.5 } };
+    await send(call, { sequence: ++sequence, progress });
+    for (const image of parts(Buffer.from(`frame ${iteration}`)))
+      await send(call, { sequence, frame: { iteration, image } });
+  }
+  sequence += 1;
+  for (const image of parts(result)) {
+    await send(call, {
+      sequence,
+      result: { image, iteration: iterations, loss: 1.5, stopReason: 'STOP_REASON_ITERATIONS' },
+    });
+  }
+  await send(call, { sequence: ++sequence, stateChange: { job: { ...job, state: 'JOB_STATE_SUCCEEDED' } } });
+  call.end();
+}
+
+const google = fromJSON({
+  nested: {
+    Status: {
+      fields: {
+        code: { type: 'int32', id: 1 },
+        message: { type: 'string', id: 2 },
+        details: { rule: 'repeated', type: 'Any', id: 3 },
+      },
+    },
+    Any: { fields: { type_url: { type: 'string', id: 1 }, value: { type: 'bytes', id: 2 } } },
+    ErrorInfo: { fields: { reason: { type: 'string', id: 1 }, domain: { type: 'string', id: 2 } } },
+    BadRequest: { fields: { fieldViolations: { rule: 'repeated', type: 'Violation', id: 1 } } },
+    Violation: { fields: { field: { type: 'string', id: 1 }, description: { type: 'string', id: 2 } } },
+    RetryInfo: { fields: { retryDelay: { type: 'Duration', id: 1 } } },
+    Duration: { fields: { seconds: { type: 'int64', id: 1 }, nanos: { type: 'int32', id: 2 } } },
+  },
+});
+
+const encode = (name: string, message: object) =>
+  (google[name] as unknown as MessageTypeDefinition<object, object>).serialize(message);
+
+/** A status as this service ends a failed call: with google.rpc details in the trailer. */
+export function richStatus(code: status, details: string, messages: Record<string, object> = {}) {
+  const metadata = new Metadata();
+  const packed = Object.entries(messages).map(([name, message]) => ({
+    type_url: `type.googleapis.com/google.rpc.${name}`,
+    value: encode(name, message),
+  }));
+  metadata.set('grpc-status-details-bin', encode('Status', { code, message: details, details: packed }));
+  return { code, details, metadata };
+}
+
+/** Answers a unary call. */
+export function reply<Q, R>(answer: (request: Q) => R) {
+  return (call: ServerUnaryCall<Q, R>, done: sendUnaryData<R>) => done(null, answer(call.request));
+}
+
+/** A wire between a client and a server, to be cut. */
+export class Wire {
+  readonly #server;
+  readonly #sockets = new Set<Socket>();
+  address = '';
+
+  private constructor(target: string) {
+    const port = Number(target.slice(target.lastIndexOf(':') + 1));
+    this.#server = createServer((near) => {
+      const far = connect(port, '127.0.0.1');
+      near.pipe(far).pipe(near);
+      for (const socket of [near, far]) this.#sockets.add(socket.on('error', () => undefined));
+    });
+  }
+
+  static async to(target: string): Promise<Wire> {
+    const wire = new Wire(target);
+    await once(wire.#server.listen(0, '127.0.0.1'), 'listening');
+    const bound = wire.#server.address();
+    if (bound && typeof bound === 'object') wire.address = `127.0.0.1:${bound.port}`;
+    return wire;
+  }
+
+  /** Cuts every connection; new ones are possible. */
+  cut(): void {
+    for (const socket of this.#sockets) socket.resetAndDestroy();
+    this.#sockets.clear();
+  }
+
+  close(): void {
+    this.cut();
+    this.#server.close();
+  }
+}

@@ -1,0 +1,65 @@
+"""Shared by all tests: a tiny feature model with the architecture of VGG-16, and small pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from nst_model.architecture import VGG16, Architecture
+
+
+def random_state(architecture: Architecture, widths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a state dict with torchvision's key names and `widths[block - 1]` channels in each block."""
+    random = torch.Generator().manual_seed(seed)
+    state, channels = {}, 3
+    for convolution in architecture.convolutions:
+        width = widths[convolution.block - 1]
+        spread = (2 / (9 * channels)) ** 0.5  # He et al. (2015): keeps activations alive through the ReLUs
+        state[f"features.{convolution.index}.weight"] = torch.randn(width, channels, 3, 3, generator=random) * spread
+        state[f"features.{convolution.index}.bias"] = torch.randn(width, generator=random) * 0.05
+        channels = width
+    return state
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests that need real weights say so; nothing else reads or fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with VGG-16's layers and few channels: fast, and nothing like a trained network."""
+    file = tmp_path_factory.mktemp("weights") / "tiny-vgg16.safetensors"
+    safetensors.torch.save_file(random_state(VGG16, (4, 6, 8, 8, 8)), file)
+    return file
+
+
+def picture_bytes(width: int, height: int, *, seed: int = 0, mode: str = "RGB", format: str = "PNG") -> bytes:  # noqa: A002
+    """Return an image file with smooth random colours."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photo() -> bytes:
+    """A landscape PNG, 96×64 px."""
+    return picture_bytes(96, 64, seed=1)
+
+
+@pytest.fixture(scope="session")
+def painting() -> bytes:
+    """A portrait PNG, 64×80 px."""
+    return picture_bytes(64, 80, seed=2)

@@ -1,0 +1,144 @@
+"""The scripted model against the textbook, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from nst_model import FeatureModel, Pooling, Precision, StylizeOptions, WeightedGrams, gram, script
+from nst_model.architecture import VGG16, VGG19, Architecture
+from nst_model.network import build_trunk
+from nst_model.objective import Objective
+from nst_model.weights import FeatureWeights, load_weights
+from tests.conftest import random_state
+from tests.model.textbook import Textbook
+
+SIZES = [(64, 48), (67, 53), (33, 95), (16, 16)]
+TOLERANCE = 1e-4
+
+Picture = Callable[[int, int, int], torch.Tensor]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return ‖found - expected‖ / ‖expected‖."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("pooling", list(Pooling))
+def test_every_layers_features_and_grams_agree(
+    tiny_weights: FeatureWeights, tiny_textbook: Textbook, picture: Picture, height: int, width: int, pooling: Pooling
+) -> None:
+    """Features and Gram matrices of all thirteen layers, at several sizes, odd ones too."""
+    image = picture(height, width, 3)[None]
+    trunk = build_trunk(tiny_weights, VGG16.layers, pooling=pooling)
+
+    found = trunk(image)
+
+    expected = tiny_textbook.features(image, pooling)
+    assert list(found) == list(VGG16.layers)
+    for layer in VGG16.layers:
+        assert relative_error(found[layer], expected[layer]) < TOLERANCE, layer
+        assert relative_error(gram(found[layer]), tiny_textbook.gram(expected[layer])) < TOLERANCE, layer
+
+
+@pytest.mark.parametrize("architecture", [VGG16, VGG19], ids=lambda a: a.name)
+def test_full_width_networks_agree(architecture: Architecture, picture: Picture, tmp_path: Path) -> None:
+    """VGG-16 and VGG-19 at their published widths, by torchvision's key names, from a file."""
+    state = random_state(architecture, (64, 128, 256, 512, 512))
+    safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
+    weights = load_weights(architecture.name, tmp_path / "weights.safetensors")
+    image = picture(37, 50, 4)[None]
+
+    found = build_trunk(weights, architecture.layers)(image)
+
+    expected = Textbook(state, architecture, weights.mean_activation).features(image)
+    for layer in architecture.layers:
+        assert relative_error(found[layer], expected[layer]) < TOLERANCE, layer
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_losses_and_gradient_agree(
+    tiny_model: FeatureModel, tiny_textbook: Textbook, picture: Picture, height: int, width: int
+) -> None:
+    """Total, content and every style loss of the scripted module, and the gradient to the image."""
+    options = StylizeOptions(style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5}, content_layers={"relu2_2": 1, "relu4_2": 3})
+    image, content, style = (picture(height, width, seed)[None] for seed in (5, 6, 7))
+    objective = tiny_model.objective([WeightedGrams(tiny_model.grams(style[0], options))], options)
+
+    losses, gradient = objective.loss_and_gradient(image, objective.content_targets(content))
+
+    unknown = image.double().requires_grad_(True)
+    total, content_loss, style_losses = tiny_textbook.losses(
+        unknown,
+        content,
+        {layer: tiny_textbook.gram(tiny_textbook.features(style)[layer]) for layer in options.style_layers},
+        style_layers=options.style_layers,
+        content_layers=options.content_layers,
+        style_weight=options.style_weight,
+        content_weight=options.content_weight,
+    )
+    assert relative_error(losses.total, total.detach()) < TOLERANCE
+    assert relative_error(losses.content, content_loss.detach()) < TOLERANCE
+    assert relative_error(losses.style, torch.stack(style_losses).detach()) < TOLERANCE
+    assert relative_error(gradient, torch.autograd.grad(total, unknown)[0]) < TOLERANCE
+
+
+def test_finite_differences_confirm_the_textbooks_gradient(tiny_textbook: Textbook, picture: Picture) -> None:
+    """The oracle itself is checked: central differences along random directions, float64."""
+    image, content, style = (picture(20, 24, seed)[None].double() for seed in (8, 9, 10))
+    layers = {"relu2_1": 1.0, "relu4_1": 1.0}
+    grams = {layer: tiny_textbook.gram(tiny_textbook.features(style)[layer]) for layer in layers}
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        weights: dict[str, Any] = {"style_layers": layers, "content_layers": {"relu3_2": 1.0}}
+        return tiny_textbook.losses(x, content, grams, **weights, style_weight=3.0, content_weight=1.0)[0]
+
+    unknown = image.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(total(unknown), unknown)[0]
+    random = torch.Generator().manual_seed(11)
+    for _ in range(5):
+        direction = torch.randn(image.shape, generator=random, dtype=torch.float64)
+        direction /= direction.norm()
+        step = 1e-6
+        slope = (total(image + step * direction) - total(image - step * direction)) / (2 * step)
+        assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
+def test_scripted_module_is_the_eager_one_bit_for_bit(tiny_weights: FeatureWeights, picture: Picture) -> None:
+    """TorchScript changes nothing: losses and gradient are identical."""
+    style_layers = {"relu1_1": 0.5, "relu3_1": 0.5}
+    trunk = build_trunk(tiny_weights, [*style_layers, "relu4_2"])
+    targets = {layer: gram(features).detach() for layer, features in trunk(picture(40, 40, 1)[None]).items()}
+    eager = Objective(
+        trunk, targets, style_layers=style_layers, content_layers={"relu4_2": 1.0}, style_weight=2.0, content_weight=1.0
+    )
+    image, content = picture(41, 35, 2)[None], picture(41, 35, 3)[None]
+
+    losses, gradient = eager.loss_and_gradient(image, eager.content_targets(content))
+    scripted = script(eager)
+    scripted_losses, scripted_gradient = scripted.loss_and_gradient(image, scripted.content_targets(content))
+
+    assert all(torch.equal(one, other) for one, other in zip(losses, scripted_losses, strict=True))
+    assert torch.equal(gradient, scripted_gradient)
+
+
+def test_bf16_stays_close_to_fp32(tiny_model: FeatureModel, picture: Picture) -> None:
+    """bf16 features give losses within a few percent; Gram matrices and losses stay fp32."""
+    content, style = picture(48, 48, 1), picture(48, 48, 2)
+    found = {}
+    for precision in (Precision.FP32, Precision.BF16):
+        options = StylizeOptions(precision=precision)
+        grams = tiny_model.grams(style, options)
+        assert all(matrix.dtype == torch.float32 for matrix in grams.values())
+        objective = tiny_model.objective([WeightedGrams(grams)], options)
+        losses, gradient = objective.loss_and_gradient(content[None], objective.content_targets(content[None]))
+        assert losses.total.dtype == gradient.dtype == torch.float32
+        found[precision] = float(losses.total)
+    assert found[Precision.BF16] == pytest.approx(found[Precision.FP32], rel=0.05)
+    assert found[Precision.BF16] != found[Precision.FP32]
