@@ -7,6 +7,7 @@ spectrum, the edges and the colour statistics of natural images. docs/calibratio
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ def mean_activations(trunk: torch.nn.Module, images: Tensor) -> dict[str, float]
     return totals
 
 
+@functools.cache
 def calibration_images() -> Tensor:
     """Return the calibration set, (8, 3, 256, 256) RGB in [0, 1]; always the same."""
     random = torch.Generator().manual_seed(2016)

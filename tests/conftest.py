@@ -44,7 +44,7 @@ def tiny_weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def picture_bytes(width: int, height: int, *, seed: int = 0, mode: str = "RGB", format: str = "PNG") -> bytes:  # noqa: A002
+def picture_bytes(width: int, height: int, *, seed: int = 0, mode: str = "RGB", format: str = "PNG") -> bytes:
     """Return an image file with smooth random colours."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))

@@ -23,7 +23,9 @@ def tiny_weights(tiny_weights_file: Path) -> FeatureWeights:
 @pytest.fixture(scope="session")
 def tiny_textbook(tiny_weights_file: Path, tiny_weights: FeatureWeights) -> Textbook:
     """The same network, computed plainly in float64."""
-    return Textbook(safetensors.torch.load_file(tiny_weights_file), tiny_weights.architecture, tiny_weights.mean_activation)
+    return Textbook(
+        safetensors.torch.load_file(tiny_weights_file), tiny_weights.architecture, tiny_weights.mean_activation
+    )
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from nst_model.lbfgs import FIRST_STEP_RMS, MAX_STEP_RMS, LBFGS
+from nst_model.lbfgs import FIRST_STEP_RMS, LBFGS, MAX_STEP_RMS
 
 
 def run(optimizer: LBFGS, gradient_of: object, iterations: int) -> list[torch.Tensor]:
@@ -50,7 +52,7 @@ def test_first_step_has_its_length_and_later_ones_are_capped() -> None:
     """Root mean squares in units of the unknowns, whatever the gradient's scale."""
     optimizer = LBFGS(torch.zeros(1000), 10)
     points = run(optimizer, lambda x: 1e6 * (x - 5.0), 6)
-    lengths = [float((after - before).square().mean().sqrt()) for before, after in zip(points, points[1:], strict=False)]
+    lengths = [float((after - before).square().mean().sqrt()) for before, after in itertools.pairwise(points)]
     assert lengths[0] == pytest.approx(FIRST_STEP_RMS, rel=1e-4)
     assert max(lengths[1:]) == pytest.approx(MAX_STEP_RMS, rel=1e-4)
 
@@ -102,4 +104,6 @@ def test_restart_goes_on_from_a_point_with_shorter_steps() -> None:
     optimizer.restart(torch.full((100,), 0.3))
     points = run(optimizer, lambda x: x - 1, 1)
     assert torch.equal(points[0], torch.full((100,), 0.3))
-    assert float((points[1] - points[0]).square().mean().sqrt()) == pytest.approx(min(FIRST_STEP_RMS, MAX_STEP_RMS / 4), rel=1e-4)
+    assert float((points[1] - points[0]).square().mean().sqrt()) == pytest.approx(
+        min(FIRST_STEP_RMS, MAX_STEP_RMS / 4), rel=1e-4
+    )

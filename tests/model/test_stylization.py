@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import nst_model
-from nst_model import FeatureModel, Init, InvalidImage, InvalidOption, Iterate, StopReason, StylizeOptions, WeightedGrams
+from nst_model import (
+    FeatureModel,
+    Init,
+    InvalidImage,
+    InvalidOption,
+    Iterate,
+    StopReason,
+    StylizeOptions,
+    WeightedGrams,
+)
 from nst_model.stylization import OVERSHOOT, minimize, mixed
 
 Picture = Callable[[int, int, int], torch.Tensor]
@@ -145,9 +154,12 @@ def test_styles_mix_by_weight(tiny_model: FeatureModel, picture: Picture) -> Non
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((3, 15, 40), "at least 16 px"), ((1, 40, 40), r"shape \(3, H, W\)"), ((40, 40), r"shape \(3, H, W\)")]
+    ("shape", "message"),
+    [((3, 15, 40), "at least 16 px"), ((1, 40, 40), r"shape \(3, H, W\)"), ((40, 40), r"shape \(3, H, W\)")],
 )
-def test_impossible_pictures_are_refused(tiny_model: FeatureModel, picture: Picture, shape: tuple[int, ...], message: str) -> None:
+def test_impossible_pictures_are_refused(
+    tiny_model: FeatureModel, picture: Picture, shape: tuple[int, ...], message: str
+) -> None:
     """Too small a picture or a wrong shape is InvalidImage and says what is needed."""
     options = StylizeOptions()
     styles = [WeightedGrams(tiny_model.grams(picture(32, 32, 1), options))]

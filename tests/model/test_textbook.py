@@ -67,7 +67,9 @@ def test_losses_and_gradient_agree(
     tiny_model: FeatureModel, tiny_textbook: Textbook, picture: Picture, height: int, width: int
 ) -> None:
     """Total, content and every style loss of the scripted module, and the gradient to the image."""
-    options = StylizeOptions(style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5}, content_layers={"relu2_2": 1, "relu4_2": 3})
+    options = StylizeOptions(
+        style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5}, content_layers={"relu2_2": 1, "relu4_2": 3}
+    )
     image, content, style = (picture(height, width, seed)[None] for seed in (5, 6, 7))
     objective = tiny_model.objective([WeightedGrams(tiny_model.grams(style[0], options))], options)
 

@@ -37,7 +37,9 @@ class Textbook:
                 x = F.max_pool2d(x, 2) if pooling is Pooling.MAX else F.avg_pool2d(x, 2)
             for position in range(1, count + 1):
                 index = self._index(block, position)
-                x = F.relu(F.conv2d(x, self.state[f"features.{index}.weight"], self.state[f"features.{index}.bias"], padding=1))
+                x = F.relu(
+                    F.conv2d(x, self.state[f"features.{index}.weight"], self.state[f"features.{index}.bias"], padding=1)
+                )
                 layer = f"relu{block}_{position}"
                 found[layer] = x / self.means[pooling][layer]
         return found
@@ -67,7 +69,8 @@ class Textbook:
         )
         style = [((self.gram(here[layer]) - grams[layer]) ** 2).mean() for layer in style_layers]
         style_loss = sum(
-            weight / sum(style_layers.values()) * loss for weight, loss in zip(style_layers.values(), style, strict=True)
+            weight / sum(style_layers.values()) * loss
+            for weight, loss in zip(style_layers.values(), style, strict=True)
         )
         return content_weight * content_loss + style_weight * style_loss, content_loss, style
 

@@ -1,0 +1,58 @@
+# What a newcomer runs: `make demo` and `make test`. Needs Python 3.11 to 3.13; `make test` also Node 20 or newer.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROJECT_FILES := pyproject.toml proto/generate.py $(wildcard proto/nst/v1/*.proto)
+
+.PHONY: demo test check unit node format bench baseline clean
+
+demo: $(VENV)/demo.stamp
+	@$(BIN)/python samples/demo.py
+
+test: check unit
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd proto && ../$(BIN)/buf lint
+	cd proto && ../$(BIN)/buf breaking --against ../tests/contract/baseline.binpb
+	$(MAKE) node
+
+node: client/node/node_modules/.stamp
+	cd client/node && npm run --silent lint
+
+unit: $(VENV)/dev.stamp client/node/node_modules/.stamp
+	$(BIN)/python -m pytest
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cd client/node && npm run --silent format
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/run.py
+
+# Accept the contract as it is now: what `buf breaking` compares with from here on.
+baseline: $(VENV)/dev.stamp
+	cd proto && ../$(BIN)/buf build --exclude-source-info -o ../tests/contract/baseline.binpb
+
+clean:
+	rm -rf $(VENV) out client/node/node_modules client/node/dist
+
+$(VENV)/bin/python:
+	@python=$$(sh .ci/find-python) && echo "making $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(PROJECT_FILES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[server,demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(PROJECT_FILES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
+	@touch $@
+
+client/node/node_modules/.stamp: client/node/package-lock.json
+	@command -v npm >/dev/null || { echo "make: npm is missing; install Node 20 or newer: apt-get update && apt-get install nodejs npm" >&2; exit 1; }
+	cd client/node && npm ci --silent
+	@touch $@
