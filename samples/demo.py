@@ -40,9 +40,8 @@ def main() -> None:
         size, iterations = f"--size-px={options.size}", f"--iterations={options.iterations}"
         files = ["-o", str(picture), "--animation", str(animation)]
         run("nst", "stylize", "--server", address, str(options.photo), str(options.style), *files, size, iterations)
-    print(
-        f"picture:    {picture.resolve()}\nanimation:  {animation.resolve()}\nserver log: {options.out.resolve() / 'server.log'}"
-    )
+    for what, file in (("picture", picture), ("animation", animation), ("server log", options.out / "server.log")):
+        print(f"{what:<11} {file.resolve()}")
 
 
 def skimage_photo(name: str) -> Path:

@@ -7,6 +7,7 @@ RequestError
 ├── ModelNotFetched      a known feature model whose weights are not on this server
 ├── QueueFull            too many jobs wait already
 ├── StorageFull          the data folder takes no more
+├── Unread               the caller left its stream unread for too long
 └── Stopping             the server is about to stop
 """
 
@@ -75,6 +76,12 @@ class StorageFull(RequestError):
     """The data folder takes no more."""
 
     reason = "STORAGE_FULL"
+
+
+class Unread(RequestError):
+    """The caller left its stream unread for too long."""
+
+    reason = "STREAM_UNREAD"
 
 
 class Stopping(RequestError):

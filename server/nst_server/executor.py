@@ -125,14 +125,14 @@ class ProcessExecutor:
         self._closing = True
         if self._replacing is not None:
             self._replacing.cancel()
-        if self._connection is not None:
-            self._connection.close()
-        if (process := self._process) is not None:
-            await asyncio.to_thread(process.join, KILL_AFTER_S)
-            process.kill()
-            await asyncio.to_thread(process.join)
+        if (process := self._process) is None:
+            return
+        self._send(messages.Shutdown())
+        await asyncio.to_thread(process.join, KILL_AFTER_S)
+        process.kill()
+        await asyncio.to_thread(process.join)
 
-    def _send(self, message: Task | messages.Cancel) -> None:
+    def _send(self, message: Task | messages.Cancel | messages.Shutdown) -> None:
         assert self._connection is not None
         with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
             self._connection.send(message)
@@ -142,7 +142,7 @@ class ProcessExecutor:
             while True:
                 try:
                     message: Message = connection.recv()
-                except (EOFError, OSError, TypeError):  # TypeError: closed here in the middle of a read
+                except (EOFError, OSError):
                     break
                 loop.call_soon_threadsafe(self._received, message)
             process.join()

@@ -94,6 +94,11 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Shutdown:
+    """End the process at once, in the middle of whatever is being computed."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """The worker takes tasks. `devices` are all those that `auto` stands for on this machine."""
 

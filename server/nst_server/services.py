@@ -22,7 +22,8 @@ from nst.v1 import (
 
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import RequestError
+from nst_server.errors import RequestError, Unread
+from nst_server.jobs import Job, PreviewSpec
 from nst_server.status import abort
 from nst_server.styles import Style
 
@@ -58,26 +59,29 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         asked = convert.request_from_proto(request)
         job = await self._application.stylize(asked)
         try:
-            async with contextlib.aclosing(job.watch(asked.preview)) as events:
-                async for event in events:
-                    for message in convert.event_to_proto(event):
-                        await self._write(context, style_transfer_service_pb2.StylizeResponse(event=message))
+            await self._stream(job, asked.preview, context)
         except TimeoutError:
             log.warning("client cut off: it left its stream unread", job=job.name, seconds=self._write_timeout_s)
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE, f"the stream was left unread for {self._write_timeout_s:g} s"
-            )
-        finally:
-            # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.
-            self._application.cancel(job)
+            # The status waits behind what was not read. A client that leaves it there too loses the call without one.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._write_timeout_s):
+                    await abort(context, Unread(f"the stream was left unread for {self._write_timeout_s:g} s"))
 
     async def DescribeOptions(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Describe every option."""
         return style_transfer_service_pb2.DescribeOptionsResponse(options=convert.describe_options())
 
-    async def _write(self, context: Any, message: Any) -> None:
-        # gRPC itself never gives up on a client that is connected and does not read.
-        await asyncio.wait_for(context.write(message), self._write_timeout_s)
+    async def _stream(self, job: Job, preview: PreviewSpec, context: Context[Any, Any]) -> None:
+        try:
+            async with contextlib.aclosing(job.watch(preview)) as events:
+                async for event in events:
+                    for message in convert.event_to_proto(event):
+                        # gRPC itself never gives up on a client that is connected and does not read.
+                        async with asyncio.timeout(self._write_timeout_s):
+                            await context.write(style_transfer_service_pb2.StylizeResponse(event=message))
+        finally:
+            # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.
+            self._application.cancel(job)
 
 
 class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):

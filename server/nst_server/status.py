@@ -18,6 +18,7 @@ from nst_server.errors import (
     RequestError,
     Stopping,
     StorageFull,
+    Unread,
 )
 
 DOMAIN = "nst"
@@ -29,6 +30,7 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     ModelNotFetched: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unread: grpc.StatusCode.UNAVAILABLE,
     Stopping: grpc.StatusCode.UNAVAILABLE,
 }
 

@@ -37,6 +37,7 @@ from nst_server.messages import (
     Progressed,
     Ready,
     Refused,
+    Shutdown,
     Started,
     StyleImage,
     StylizeTask,
@@ -49,8 +50,8 @@ RATE_WINDOW = 10
 
 
 def main(connection: Connection, config: WorkerConfig) -> None:
-    """Run a worker process until the front closes the pipe."""
-    # Signals for the terminal's or the service's whole process group are the front's affair; it closes the pipe.
+    """Run a worker process until the front says Shutdown or is gone."""
+    # Signals for the terminal's or the service's whole process group are the front's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
@@ -203,8 +204,10 @@ class _Reader(threading.Thread):
         current: tuple[str, threading.Event] | None = None
         while True:
             try:
-                message: Task | Cancel = self._connection.recv()
+                message: Task | Cancel | Shutdown = self._connection.recv()
             except (EOFError, OSError):
+                message = Shutdown()
+            if isinstance(message, Shutdown):
                 os._exit(0)  # in the middle of whatever is being computed: nobody wants it any more
             if isinstance(message, Cancel):
                 if current is not None and current[0] == message.id:
