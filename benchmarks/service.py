@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nst_client import AsyncClient, Frame, JobState, Preview, Progress, StateChange
 from PIL import Image
 
 import nst_model
+from nst_client import AsyncClient, Frame, JobState, Preview, Progress, StateChange
 from nst_model import FeatureModel, StylizeOptions, WeightedGrams, load_weights
 from nst_model.calibration import dead_leaves, one_over_f_noise
 

@@ -87,7 +87,7 @@ class StylizeOptions:
     style_scale: float = _option(1.0, "Longer edge of the style images relative to the picture's.", 0.1, 4)
     init: Init = _option(Init.CONTENT, "The picture that the optimization starts from.")
     seed: int = _option(0, "Seed of everything random.", 0, 2**32 - 1)
-    pooling: Pooling = _option(Pooling.MAX, "How the feature model halves its resolution.")
+    pooling: Pooling = _option(Pooling.AVERAGE, "How the feature model halves its resolution.")
     precision: Precision = _option(Precision.AUTO, "Arithmetic of the feature model.")
     history: int = _option(100, "Number of curvature pairs that L-BFGS remembers.", 1, 1000)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FieldDescriptor
-from nst.v1 import options_pb2
-from nst_server import convert
 
+from nst.v1 import options_pb2
 from nst_model.options import StylizeOptions, bounds_of, default_of
+from nst_server import convert
 
 FIELDS = {field.name: field for field in options_pb2.StylizeOptions.DESCRIPTOR.fields}
 OPTIONS = {option.name: option for option in dataclasses.fields(StylizeOptions)}
@@ -89,7 +89,7 @@ def test_every_option_survives_the_round_trip() -> None:
         style_scale=0.5,
         init="noise",
         seed=2**32 - 1,
-        pooling="average",
+        pooling="max",
         precision="bf16",
         history=7,
     )

@@ -58,8 +58,8 @@ def test_refusal_names_option_bound_and_value(options: dict[str, Any], message: 
 
 def test_choices_are_taken_by_name() -> None:
     """A string becomes its enum."""
-    options = StylizeOptions(init="noise", pooling="average", precision="bf16")
-    assert (options.init, options.pooling, options.precision) == (Init.NOISE, Pooling.AVERAGE, Precision.BF16)
+    options = StylizeOptions(init="noise", pooling="max", precision="bf16")
+    assert (options.init, options.pooling, options.precision) == (Init.NOISE, Pooling.MAX, Precision.BF16)
 
 
 def test_options_cannot_be_changed() -> None:

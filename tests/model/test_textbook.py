@@ -63,12 +63,15 @@ def test_full_width_networks_agree(architecture: Architecture, picture: Picture,
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("pooling", list(Pooling))
 def test_losses_and_gradient_agree(
-    tiny_model: FeatureModel, tiny_textbook: Textbook, picture: Picture, height: int, width: int
+    tiny_model: FeatureModel, tiny_textbook: Textbook, picture: Picture, height: int, width: int, pooling: Pooling
 ) -> None:
     """Total, content and every style loss of the scripted module, and the gradient to the image."""
     options = StylizeOptions(
-        style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5}, content_layers={"relu2_2": 1, "relu4_2": 3}
+        style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5},
+        content_layers={"relu2_2": 1, "relu4_2": 3},
+        pooling=pooling,
     )
     image, content, style = (picture(height, width, seed)[None] for seed in (5, 6, 7))
     objective = tiny_model.objective([WeightedGrams(tiny_model.grams(style[0], options))], options)
@@ -79,11 +82,12 @@ def test_losses_and_gradient_agree(
     total, content_loss, style_losses = tiny_textbook.losses(
         unknown,
         content,
-        {layer: tiny_textbook.gram(tiny_textbook.features(style)[layer]) for layer in options.style_layers},
+        {layer: tiny_textbook.gram(tiny_textbook.features(style, pooling)[layer]) for layer in options.style_layers},
         style_layers=options.style_layers,
         content_layers=options.content_layers,
         style_weight=options.style_weight,
         content_weight=options.content_weight,
+        pooling=pooling,
     )
     assert relative_error(losses.total, total.detach()) < TOLERANCE
     assert relative_error(losses.content, content_loss.detach()) < TOLERANCE

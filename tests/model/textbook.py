@@ -60,9 +60,10 @@ class Textbook:
         content_layers: Mapping[str, float],
         style_weight: float,
         content_weight: float,
+        pooling: Pooling = Pooling.MAX,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return total, content and style losses; weights are divided by their sums."""
-        there, here = self.features(content), self.features(image)
+        there, here = self.features(content, pooling), self.features(image, pooling)
         content_loss = sum(
             weight / sum(content_layers.values()) * ((here[layer] - there[layer]) ** 2).mean()
             for layer, weight in content_layers.items()

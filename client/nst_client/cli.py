@@ -1,0 +1,511 @@
+"""The command line `nst`: pictures and styles from a terminal, a script or a pipe.
+
+Exit codes: 0 the picture is made; 1 the job or the server failed; 2 the usage or an argument is wrong; 3 the server
+cannot be reached or has no room, so try again later; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nst_client.animation import FrameSampler, pillow_format, write_animation
+from nst_client.channel import DEFAULT_ADDRESS
+from nst_client.client import Client, Stylization
+from nst_client.display import Display, JsonLines, duration_text, progress_display
+from nst_client.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    MessageTooLargeError,
+    NotFoundError,
+    NstError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from nst_client.events import Event, Frame, Result
+from nst_client.files import write_whole
+from nst_client.flags import flag_values, with_option_flags
+from nst_client.images import ImageFormat, format_of_path
+from nst_client.json_lines import json_line
+from nst_client.options import OPTIONS
+from nst_client.reference import field_comments
+from nst_client.resources import Encoding, Preview, StyleName, StyleSource, Weighted
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_TRY_LATER = 3
+EXIT_INTERRUPTED = 130
+
+EXIT_CODES = """
+Exit codes: 0 done; 1 the job or the server failed; 2 the usage or an argument is wrong; 3 the server cannot be
+reached or has no room: try again later; 130 interrupted.
+"""
+
+STORED_STYLE = re.compile(r"styles/[a-z][a-z0-9-]*")
+STDIO = "-"
+PIPE_WIDTH = 160
+
+
+class ErrorsAsExitCodes(typer.core.TyperGroup):
+    """Commands whose errors become one message on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _failure("interrupted", EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone: say nothing, and let nothing be flushed at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_FAILED) from None
+        except NstError as error:
+            raise _failure(_advice(error), _exit_code(error)) from None
+        except OSError as error:
+            place = "" if error.filename is None else f": {error.filename!r}"
+            raise _failure(f"{error.strerror}{place}", EXIT_FAILED) from None
+
+
+app = typer.Typer(
+    name="nst",
+    cls=ErrorsAsExitCodes,
+    help=f"Neural style transfer: paint a photograph in the style of a picture.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+styles_app = typer.Typer(name="styles", help="Styles kept on the server.", no_args_is_help=True)
+app.add_typer(styles_app)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app()
+    except Exception as error:
+        _print_traceback_if_asked()
+        kind = type(error).__name__
+        print(f"nst: internal error: {kind}: {error} (NST_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+
+
+def _help(message: str, field: str) -> str:
+    return escape(field_comments(message)[field])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nst {importlib.metadata.version('nst-service')}")
+        raise typer.Exit
+
+
+Server = Annotated[str, typer.Option("--server", envvar="NST_SERVER", metavar="HOST:PORT", help="Where the server is.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+
+@app.callback()
+def nst(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+@app.command(no_args_is_help=True)
+@with_option_flags(OPTIONS, field_comments("StylizeOptions"))
+def stylize(
+    photo: Annotated[str, typer.Argument(metavar="PHOTO", help="The photograph: an image file, or - for stdin.")],
+    styles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STYLE...",
+            help="One style or several: image files or stored styles (styles/ID). A share in the mixture follows an"
+            " @: waves.jpg@2 styles/starry@1. A file whose own name is like that: ./styles/ID, or odd@2@1.",
+        ),
+    ],
+    *,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="OUT", help="The picture: .png, .jpg, .webp, or - for stdout.")
+    ],
+    output_format: Annotated[
+        ImageFormat | None,
+        typer.Option(metavar="jpeg|png|webp", help="Format of the picture, where OUT does not say it."),
+    ] = None,
+    quality: Annotated[int | None, typer.Option(metavar="N", help=_help("Encoding", "quality"))] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Feature model; `nst models` lists them. Default: the server's.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Give up after this time, waiting included.")
+    ] = None,
+    save_frames: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save every frame that arrives, named by its iteration.")
+    ] = None,
+    animation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the frames as an animation: .webp, .gif, .png or .apng.")
+    ] = None,
+    preview_size: Annotated[
+        int | None, typer.Option(metavar="PX", help=f"Of frames. {_help('Preview', 'size_px')}")
+    ] = None,
+    preview_interval: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Of frames. {_help('Preview', 'interval')}")
+    ] = None,
+    preview_format: Annotated[
+        ImageFormat | None, typer.Option(metavar="jpeg|png|webp", help="Format of frames. Default: JPEG.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print every event as a line of JSON instead of a progress bar.")
+    ] = False,
+    server: Server = DEFAULT_ADDRESS,
+    **options: Any,
+) -> None:
+    """Paint PHOTO in the style of STYLE and write the picture to OUT."""
+    wants_frames = save_frames is not None or animation is not None
+    target = Target.checked(out, output_format)
+    _check_places(save_frames, animation, preview_interval, json_on_stdout=json and target.path is None)
+    preview = Preview(
+        # Frames that nobody keeps are not asked for.
+        interval=preview_interval if wants_frames or preview_interval is not None else 0,
+        size_px=preview_size,
+        encoding=None if preview_format is None else Encoding(format=preview_format),
+    )
+    recorder = Recorder(save_frames, animation)
+    with (
+        Client(server) as client,
+        client.stylize(
+            sys.stdin.buffer.read() if photo == STDIO else photo,
+            [_style(text) for text in styles],
+            model=model,
+            preview=preview,
+            output=Encoding(format=target.format, quality=quality),
+            timeout_s=timeout,
+            **flag_values(OPTIONS, options),
+        ) as stylization,
+        _interruptible(stylization),
+    ):
+        result = _watched(stylization, _display(quiet=quiet, json=json), recorder)
+        say = _stay_silent if quiet or json else _say
+        target.write(result)
+        say(_summary(target, result, stylization))
+        for written in recorder.finish(result):
+            say(f"wrote {written}")
+
+
+@styles_app.command("create", no_args_is_help=True)
+def create_style(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE...", help="One image file or several; a share may follow an @: waves.jpg@2."),
+    ],
+    style_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help=_help("CreateStyleRequest", "style_id"))
+    ] = None,
+    display_name: Annotated[str, typer.Option(metavar="NAME", help=_help("Style", "display_name"))] = "",
+    json: Json = False,
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """Keep a style on the server and print its name."""
+    sources: list[Any] = [_weighted(text, Path) for text in images]
+    with Client(server) as client:
+        style = client.create_style(sources, style_id=style_id, display_name=display_name)
+    print(json_line(style) if json else style.name)
+
+
+@styles_app.command("list")
+def list_styles(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """List the styles on the server."""
+    with Client(server) as client:
+        styles = client.list_styles()
+        if json:
+            return _print_json(styles)
+        rows = [(style.name, style.display_name, str(len(style.images)), _date(style.create_time)) for style in styles]
+    return _print_table(("name", "display name", "images", "created"), rows)
+
+
+@styles_app.command("show", no_args_is_help=True)
+def show_style(
+    name: Annotated[str, typer.Argument(metavar="STYLE", help="styles/ID or just ID.")],
+    json: Json = False,
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """Show one style."""
+    with Client(server) as client:
+        style = client.get_style(name)
+    if json:
+        return _print_json([style])
+    lines = [style.name, style.display_name, f"created {_date(style.create_time)}"]
+    for image in style.images:
+        weight = "" if image.weight is None else f", weight {image.weight:g}"
+        lines.append(f"image {image.width}×{image.height}{weight}, sha256 {image.sha256}")
+    for grams in style.prepared:
+        lines.append(f"prepared for {grams.model} at {grams.size_px} px: {', '.join(grams.layers)}")
+    return print("\n".join(filter(None, lines)))
+
+
+@styles_app.command("delete", no_args_is_help=True)
+def delete_style(
+    name: Annotated[str, typer.Argument(metavar="STYLE", help="styles/ID or just ID.")],
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """Delete a style from the server."""
+    with Client(server) as client:
+        client.delete_style(name)
+
+
+@app.command()
+def models(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """List the feature models that the server knows."""
+    with Client(server) as client:
+        known = list(client.list_models())
+    if json:
+        return _print_json(known)
+    rows = [
+        (
+            f"{model.name}{' (default)' if model.is_default else ''}",
+            model.state.replace("_", " "),
+            f"{model.layers[0].name} … {model.layers[-1].name}" if model.layers else "",
+            model.description or model.display_name,
+        )
+        for model in known
+    ]
+    return _print_table(("name", "state", "layers", "description"), rows)
+
+
+@app.command()
+def options(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """List the options of a picture with the server's defaults and bounds."""
+    with Client(server) as client:
+        described = client.describe_options()
+    if json:
+        return _print_json(described)
+    rows = [
+        (
+            f"--{option.name.replace('_', '-')}",
+            _plain(option.default),
+            ", ".join(option.choices) or _range(option.minimum, option.maximum, option.unit),
+            option.description,
+        )
+        for option in described
+    ]
+    return _print_table(("option", "default", "allowed", "meaning"), rows)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the picture goes, and in which format."""
+
+    path: Path | None
+    """None for stdout."""
+    format: ImageFormat | None
+    """None for the server's choice."""
+
+    @classmethod
+    def checked(cls, out: str, wanted: ImageFormat | None) -> Target:
+        """Return the target for `--out` and `--output-format`; raise InvalidArgumentError if it cannot work."""
+        if out == STDIO:
+            return cls(None, wanted)
+        path = Path(out)
+        _check_directory(path)
+        if wanted is None:
+            return cls(path, format_of_path(path))
+        with suppress(InvalidArgumentError):
+            if format_of_path(path) is not wanted:
+                raise typer.BadParameter(f"{out!r} does not name a {wanted} file", param_hint="--output-format")
+        return cls(path, wanted)
+
+    def write(self, result: Result) -> None:
+        """Write the picture."""
+        if self.path is not None:
+            write_whole(self.path, result.data)
+            return
+        sys.stdout.buffer.write(result.data)
+        sys.stdout.buffer.flush()
+
+
+class Recorder:
+    """Keeps the frames that were asked for: as files, for an animation, or both."""
+
+    def __init__(self, directory: Path | None, animation: Path | None) -> None:
+        self._directory = directory
+        self._animation = animation
+        self._sampler = FrameSampler()
+
+    def see(self, event: Event) -> None:
+        """Keep a frame."""
+        if not isinstance(event, Frame):
+            return
+        if self._directory is not None:
+            suffix = "jpg" if event.format is ImageFormat.JPEG else event.format
+            write_whole(self._directory / f"{event.iteration:06d}.{suffix}", event.data)
+        if self._animation is not None:
+            self._sampler.add(event)
+
+    def finish(self, result: Result) -> Iterator[str]:
+        """Write the animation; yield what has been written, for people."""
+        if self._directory is not None:
+            yield f"the frames to {self._directory}"
+        if self._animation is not None:
+            yield f"the animation to {write_animation(self._animation, self._sampler.frames(), result)}"
+
+
+def _watched(stylization: Stylization, display: Display, recorder: Recorder) -> Result:
+    with display:
+        for event in stylization:
+            display.show(event)
+            recorder.see(event)
+    return stylization.result()
+
+
+def _display(*, quiet: bool, json: bool) -> Display:
+    if json:
+        return JsonLines(sys.stdout)
+    return Display() if quiet else progress_display(sys.stderr)
+
+
+@contextmanager
+def _interruptible(stylization: Stylization) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        name = "the job" if stylization.job is None else stylization.job.name
+        # The job ends with the `with` block around this one.
+        raise _failure(f"interrupted: {name} is cancelled", EXIT_INTERRUPTED) from None
+
+
+def _check_places(
+    directory: Path | None, animation: Path | None, interval: int | None, *, json_on_stdout: bool
+) -> None:
+    if json_on_stdout:
+        raise typer.BadParameter("stdout cannot carry both the picture and JSON", param_hint="--json")
+    if interval == 0 and (directory is not None or animation is not None):
+        raise typer.BadParameter("0 asks for no frames, so none could be kept", param_hint="--preview-interval")
+    if animation is not None:
+        pillow_format(animation)
+        _check_directory(animation)
+    if directory is not None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot make the directory {str(directory)!r}: {error.strerror}") from error
+
+
+def _check_directory(path: Path) -> None:
+    if path.is_dir():
+        raise InvalidArgumentError(f"{str(path)!r} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"there is no directory {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidArgumentError(f"the directory {str(path.parent)!r} cannot be written to")
+
+
+def _style(text: str) -> StyleSource | Weighted[StyleSource]:
+    style: StyleSource | Weighted[StyleSource] = _weighted(text, _stored_or_file)
+    return style
+
+
+def _stored_or_file(name: str) -> StyleName | Path:
+    return StyleName(name) if STORED_STYLE.fullmatch(name) else Path(name)
+
+
+def _weighted(text: str, source: Callable[[str], Any]) -> Any:
+    name, at, weight = text.rpartition("@")
+    with suppress(ValueError):
+        if at:
+            return Weighted(source(name), float(weight))
+    return source(text)
+
+
+def _summary(target: Target, result: Result, stylization: Stylization) -> str:
+    job = stylization.job
+    took = ""
+    if job is not None and job.start_time is not None and job.end_time is not None:
+        took = f" in {duration_text((job.end_time - job.start_time).total_seconds())}"
+    stopped = "" if result.stop_reason == "iterations" else f" ({result.stop_reason})"
+    place = "stdout" if target.path is None else str(target.path)
+    numbers = f"{result.width}×{result.height}, iteration {result.iteration}{stopped}, loss {result.loss:.4g}{took}"
+    return f"wrote {place}: {numbers}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _stay_silent(text: str) -> None:
+    pass
+
+
+def _failure(message: str, code: int) -> typer.Exit:
+    _print_traceback_if_asked()
+    typer.secho("nst: ", err=True, nl=False, bold=True)
+    _say(message)
+    return typer.Exit(code)
+
+
+def _print_traceback_if_asked() -> None:
+    if os.environ.get("NST_DEBUG", "") not in {"", "0"}:
+        traceback.print_exc()
+
+
+def _advice(error: NstError) -> str:
+    match error:
+        case UnavailableError(reason="", retry_after_s=None):
+            return f"{error}\nnst-server starts a server; --server or NST_SERVER names another"
+        case UnavailableError(retry_after_s=float(wait)) | ResourceExhaustedError(retry_after_s=float(wait)):
+            return f"{error}; try again in {duration_text(wait)}"
+    return str(error)
+
+
+def _exit_code(error: NstError) -> int:
+    match error:
+        case InvalidArgumentError() | NotFoundError() | AlreadyExistsError() | MessageTooLargeError():
+            return EXIT_USAGE
+        case UnavailableError() | ResourceExhaustedError():
+            return EXIT_TRY_LATER
+    return EXIT_FAILED
+
+
+def _print_json(values: Iterable[object]) -> None:
+    for value in values:
+        print(json_line(value))
+
+
+def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    # In a pipe there is no width to fit, and broken lines would be harder to read for programs.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={weight:g}" for key, weight in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _range(minimum: float | None, maximum: float | None, unit: str) -> str:
+    low, high = ("…" if bound is None else f"{bound:.10g}" for bound in (minimum, maximum))
+    return f"{low} to {high} {unit}".strip()
+
+
+def _date(moment: datetime | None) -> str:
+    return "" if moment is None else f"{moment:%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,157 @@
+"""Messages of the contract, made into this package's types. The only module that reads resources off the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from nst.v1 import job_pb2, model_service_pb2, options_pb2, style_service_pb2
+from nst_client.options import choice_name, read_fields
+from nst_client.resources import (
+    Job,
+    JobFailure,
+    JobState,
+    Layer,
+    Model,
+    ModelState,
+    Numbers,
+    OptionDescription,
+    OptionType,
+    OptionValue,
+    PreparedGrams,
+    Style,
+    StyleImage,
+)
+
+EnumT = TypeVar("EnumT", bound=StrEnum)
+
+STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
+
+
+def named(kind: type[EnumT], enum: EnumDescriptor, number: int) -> EnumT:
+    """Return the member for a number of the wire; `unknown` for one that this client does not know."""
+    name = choice_name(enum, number)
+    return kind(name) if name in set(kind) else kind("unknown")
+
+
+def job(message: job_pb2.Job) -> Job:
+    """Return the job that a message holds."""
+    return Job(
+        name=message.name,
+        state=named(JobState, job_pb2.JobState.DESCRIPTOR, message.state),
+        model=message.model,
+        options=read_fields(message.options),
+        width=message.width,
+        height=message.height,
+        create_time=_time(message, "create_time"),
+        start_time=_time(message, "start_time"),
+        end_time=_time(message, "end_time"),
+        queue_position=message.queue_position,
+        device=message.device,
+        precision=choice_name(options_pb2.Precision.DESCRIPTOR, message.precision) if message.precision else "",
+        progress=Numbers(**numbers(message.progress)) if message.HasField("progress") else None,
+        error=_job_failure(message.error) if message.HasField("error") else None,
+    )
+
+
+def numbers(message: job_pb2.Progress) -> dict[str, Any]:
+    """Return the fields of `Numbers` that a message holds."""
+    return {
+        "iteration": message.iteration,
+        "iterations": message.iterations,
+        "loss": message.loss,
+        "content_loss": message.content_loss,
+        "style_losses": dict(sorted(message.style_losses.items())),
+        "elapsed_s": message.elapsed_s,
+        "iterations_per_second": message.iterations_per_second,
+        "remaining_s": message.remaining_s,
+    }
+
+
+def style(message: style_service_pb2.Style) -> Style:
+    """Return the style that a message holds."""
+    return Style(
+        name=message.name,
+        display_name=message.display_name,
+        images=tuple(_style_image(image) for image in message.images),
+        create_time=_time(message, "create_time"),
+        prepared=tuple(
+            PreparedGrams(model=grams.model, size_px=grams.size_px, layers=tuple(grams.layers))
+            for grams in message.prepared
+        ),
+    )
+
+
+def model(message: model_service_pb2.Model) -> Model:
+    """Return the feature model that a message holds."""
+    return Model(
+        name=message.name,
+        display_name=message.display_name,
+        description=message.description,
+        state=named(ModelState, model_service_pb2.ModelState.DESCRIPTOR, message.state),
+        is_default=message.is_default,
+        layers=tuple(
+            Layer(
+                name=layer.name,
+                channels=layer.channels,
+                stride_px=layer.stride_px,
+                receptive_field_px=layer.receptive_field_px,
+            )
+            for layer in message.layers
+        ),
+        license=message.license,
+        sha256=message.sha256,
+    )
+
+
+def option_description(message: options_pb2.OptionDescription) -> OptionDescription:
+    """Return the description of an option that a message holds."""
+    kind = named(OptionType, options_pb2.OptionType.DESCRIPTOR, message.type)
+    return OptionDescription(
+        name=message.name,
+        type=kind,
+        default=_default(message, kind),
+        minimum=message.minimum if message.HasField("minimum") else None,
+        maximum=message.maximum if message.HasField("maximum") else None,
+        choices=tuple(message.choices),
+        unit=message.unit,
+        description=message.description,
+    )
+
+
+def time(message: Timestamp) -> datetime:
+    """Return a moment of the wire, UTC."""
+    moment: datetime = message.ToDatetime(tzinfo=UTC)
+    return moment
+
+
+def _time(message: job_pb2.Job | style_service_pb2.Style, name: str) -> datetime | None:
+    return time(getattr(message, name)) if message.HasField(name) else None
+
+
+def _job_failure(message: job_pb2.JobError) -> JobFailure:
+    code = STATUS_NAMES.get(message.code, str(message.code))
+    return JobFailure(code=code, reason=message.reason, message=message.message)
+
+
+def _style_image(message: style_service_pb2.StyleImage) -> StyleImage:
+    weight = message.weight if message.HasField("weight") else None
+    return StyleImage(sha256=message.sha256, width=message.width, height=message.height, weight=weight)
+
+
+def _default(message: options_pb2.OptionDescription, kind: OptionType) -> OptionValue | None:
+    if not message.HasField("default_value"):
+        return None
+    from google.protobuf import json_format  # noqa: PLC0415 - only this needs it
+
+    value: OptionValue = json_format.MessageToDict(message.default_value)
+    if isinstance(value, Mapping):
+        return dict(sorted(value.items()))
+    # google.protobuf.Value knows one kind of number, the double.
+    return int(value) if kind is OptionType.INTEGER and isinstance(value, float) else value

@@ -1,0 +1,143 @@
+"""How the command line shows a job: a live bar in a terminal, plain lines elsewhere, JSON for pipes, or nothing."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+from nst_client import events
+from nst_client.json_lines import json_line
+from nst_client.resources import Job, JobState, Numbers
+
+PLAIN_LINES = 10
+"""Where there is no terminal, a job's progress takes about this many lines."""
+
+NARROWEST_BAR = 8
+"""Characters of the live bar that remain in a narrow terminal."""
+
+
+class Display:
+    """Shows nothing; the base of those that do."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, event: events.Event) -> None:
+        """Show an event."""
+
+
+class JsonLines(Display):
+    """Every event as a line of JSON on a text stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def show(self, event: events.Event) -> None:
+        """Write the event and flush: whoever reads wants it now."""
+        print(json_line(event), file=self._stream, flush=True)
+
+
+class PlainLines(Display):
+    """State changes and every tenth of the way as plain lines, for logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._said = ""
+        self._tenth = -1
+
+    def show(self, event: events.Event) -> None:
+        """Write a line if the event is worth one."""
+        match event:
+            case events.Snapshot() | events.StateChange():
+                self._say(state_text(event.job))
+            case events.Progress():
+                tenth = event.iteration * PLAIN_LINES // max(1, event.iterations)
+                if tenth > self._tenth:
+                    self._tenth = tenth
+                    self._say(f"iteration {event.iteration}/{event.iterations}, {numbers_text(event)}")
+
+    def _say(self, line: str) -> None:
+        if line != self._said:
+            self._said = line
+            print(line, file=self._stream, flush=True)
+
+
+class LiveBar(Display):
+    """A bar that moves, with the newest numbers beside it."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            # In a narrow terminal the text gives way, from its end.
+            BarColumn(bar_width=None, table_column=Column(min_width=NARROWEST_BAR, ratio=1)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=console,
+            expand=True,
+        )
+        self._task: TaskID = self._progress.add_task("connecting", total=None)
+        self._state = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, event: events.Event) -> None:
+        """Move the bar."""
+        match event:
+            case events.Snapshot() | events.StateChange():
+                self._state = state_text(event.job)
+                self._progress.update(self._task, description=self._state)
+            case events.Progress():
+                text = f"{self._state}, {event.iteration}/{event.iterations}, {numbers_text(event)}"
+                self._progress.update(
+                    self._task, total=event.iterations, completed=event.iteration, description=escape(text)
+                )
+
+
+def progress_display(stream: TextIO) -> Display:
+    """Return the display that suits a stream: a live bar in a terminal, plain lines elsewhere."""
+    console = Console(file=stream)
+    return LiveBar(console) if stream.isatty() and not console.is_dumb_terminal else PlainLines(stream)
+
+
+def state_text(job: Job) -> str:
+    """Return where a job stands, in a few words."""
+    if job.state is JobState.QUEUED:
+        return "queued, next" if job.queue_position == 0 else f"queued, {job.queue_position} ahead"
+    if job.state is JobState.RUNNING:
+        return f"running on {job.device}"
+    return str(job.state)
+
+
+def numbers_text(numbers: Numbers) -> str:
+    """Return an iteration's numbers in a few words; what is not known yet is left out."""
+    parts = [f"loss {numbers.loss:.4g}"]
+    if numbers.iterations_per_second > 0:
+        parts.append(f"{numbers.iterations_per_second:.2f} it/s")
+    if numbers.remaining_s > 0:
+        parts.append(f"{duration_text(numbers.remaining_s)} left")
+    return ", ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as people say it: `45 s`, `2 min 5 s`, `1 h 4 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,141 @@
+"""Images: what a caller may bring, and the pictures that come back. PIL is imported only when pixels are needed."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from nst_client.errors import ImageNotReadableError, InvalidArgumentError
+from nst_client.files import write_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
+"""An image brought along: the path of a file, the bytes of a file, or a PIL image."""
+
+MAX_FILE_BYTES = 1 << 30
+"""No file above this is read: a message of protobuf ends at 2 GiB, and servers take far less."""
+
+RE_ENCODING_QUALITY = 95
+
+
+class ImageFormat(StrEnum):
+    """A file format in which the server encodes pictures."""
+
+    UNKNOWN = "unknown"
+    """A format that is newer than this client."""
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+
+
+FORMAT_OF_SUFFIX = {
+    ".jpg": ImageFormat.JPEG,
+    ".jpeg": ImageFormat.JPEG,
+    ".png": ImageFormat.PNG,
+    ".webp": ImageFormat.WEBP,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An encoded picture from the server, whole and checked against its SHA-256."""
+
+    data: bytes = field(repr=False)
+    """The bytes of an image file."""
+    format: ImageFormat
+    """The file's format."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture as a PIL image, RGB; decoded at the first use."""
+        from PIL import Image  # noqa: PLC0415 - costs more to import than this whole package
+
+        image = Image.open(io.BytesIO(self.data))
+        image.load()
+        return image
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the picture to a file, in one step, and return the path.
+
+        The bytes are written as they came, unless the suffix names another format (`.png`, `.jpg`, `.jpeg`,
+        `.webp`): then the picture is encoded again, at quality 95 if that format is lossy.
+
+        Raises InvalidArgumentError for any other suffix, and OSError if the file cannot be written.
+        """
+        wanted = format_of_path(path)
+        return write_whole(path, self.data if wanted is self.format else self._encoded_as(wanted))
+
+    def _encoded_as(self, wanted: ImageFormat) -> bytes:
+        buffer = io.BytesIO()
+        self.image.convert("RGB").save(buffer, wanted.upper(), quality=RE_ENCODING_QUALITY, subsampling="4:4:4")
+        return buffer.getvalue()
+
+
+def format_of_path(path: str | os.PathLike[str]) -> ImageFormat:
+    """Return the format that a file's name stands for; raise InvalidArgumentError if it stands for none."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMAT_OF_SUFFIX:
+        known = ", ".join(FORMAT_OF_SUFFIX)
+        raise InvalidArgumentError(f"the file name {os.fspath(path)!r} must end in one of {known}")
+    return FORMAT_OF_SUFFIX[suffix]
+
+
+def read_image(source: ImageSource, *, field: str) -> bytes:
+    """Return the bytes of an image file; `field` is the request's field that an error names.
+
+    Files and bytes go as they are: the server decodes them and says what is wrong with them. A PIL image becomes
+    a PNG, turned as its EXIF orientation says. Raises ImageNotReadableError, and InvalidArgumentError for anything
+    that is no image source.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, str | os.PathLike):
+        return _read_file(Path(source), field=field)
+    if _is_pil_image(source):
+        return _png_of(source)
+    kind = type(source).__name__
+    raise InvalidArgumentError(f"{field} must be a path, the bytes of a file or a PIL image, not {kind}", field=field)
+
+
+def _read_file(path: Path, *, field: str) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ImageNotReadableError(
+                f"{field}: {str(path)!r} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} can be sent",
+                field=field,
+            )
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageNotReadableError(f"{field}: there is no file {str(path)!r}", field=field) from error
+    except OSError as error:
+        raise ImageNotReadableError(f"{field}: cannot read {str(path)!r}: {error.strerror}", field=field) from error
+
+
+def _is_pil_image(source: object) -> bool:
+    # A caller who holds a PIL image has imported PIL; nobody else has to.
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(source, module.Image)
+
+
+def _png_of(image: Image.Image) -> bytes:
+    from PIL import ImageOps  # noqa: PLC0415 - the caller has imported PIL, this package has not
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:
+        upright = upright.convert("RGB")
+    buffer = io.BytesIO()
+    # Level 1: the file lives for one call, so time counts more than size.
+    upright.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

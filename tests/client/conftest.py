@@ -1,0 +1,269 @@
+"""A real servicer on a real loopback channel that tells the stories the tests write."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+from PIL import Image
+
+from nst.v1 import (
+    image_pb2,
+    job_pb2,
+    model_service_pb2_grpc,
+    options_pb2,
+    style_service_pb2_grpc,
+    style_transfer_service_pb2,
+    style_transfer_service_pb2_grpc,
+)
+
+JOB = "jobs/j1"
+
+
+class Abort(Exception):
+    """Ends a call with a status and google.rpc details."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, *details: Message) -> None:
+        super().__init__(message)
+        packed = []
+        for detail in details:
+            packed.append(AnyMessage())
+            packed[-1].Pack(detail)
+        self.status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
+
+
+class Story:
+    """The messages of one stream, written one after another; each method appends and returns the story."""
+
+    def __init__(self) -> None:
+        self.steps: list[Any] = []
+        self.sequence = 0
+
+    def then(self, step: Any) -> Story:
+        """Append a message, an exception to raise, seconds to sleep, or a function to call."""
+        self.steps.append(step)
+        return self
+
+    def event(self, *, numbered: bool = False, **event: Any) -> Story:
+        """Append an event."""
+        self.sequence += numbered
+        message = job_pb2.JobEvent(sequence=self.sequence, attempt=1, **event)
+        message.event_time.FromNanoseconds(1_700_000_000_000_000_000)
+        return self.then(style_transfer_service_pb2.StylizeResponse(event=message))
+
+    def job(self, state: str, **fields: Any) -> job_pb2.Job:
+        """Return the job in a state."""
+        options = options_pb2.StylizeOptions(iterations=4, init="INIT_NOISE", style_layers={"relu1_1": 1.0})
+        number = job_pb2.JobState.Value(f"JOB_STATE_{state}")
+        job = job_pb2.Job(name=JOB, state=number, model="models/tiny", options=options, width=8, height=6, **fields)
+        job.create_time.FromSeconds(1_700_000_000)
+        return job
+
+    def snapshot(self, **fields: Any) -> Story:
+        """Append the first event of every stream."""
+        return self.event(snapshot=self.job("QUEUED", **fields))
+
+    def state(self, state: str, **fields: Any) -> Story:
+        """Append a state change."""
+        return self.event(numbered=True, state_change=job_pb2.StateChange(job=self.job(state, **fields)))
+
+    def progress(self, iteration: int, *, of: int = 4) -> Story:
+        """Append an iteration's numbers."""
+        progress = job_pb2.Progress(
+            iteration=iteration,
+            iterations=of,
+            loss=8.0 / (1 + iteration),
+            content_loss=0.5,
+            style_losses={"relu1_1": 0.25},
+            elapsed_s=iteration * 0.5,
+            iterations_per_second=2.0 if iteration > 1 else 0.0,
+            remaining_s=(of - iteration) * 0.5 if iteration > 1 else 0.0,
+        )
+        return self.event(numbered=True, progress=progress)
+
+    def frame(self, iteration: int, data: bytes | None = None, *, parts: int = 1, skipped: int = 0) -> Story:
+        """Append a frame, in parts."""
+        data = encoded("JPEG", shade=iteration * 20 % 256) if data is None else data
+        for part in parts_of(data, "JPEG", parts):
+            self.event(frame=job_pb2.Frame(iteration=iteration, skipped=skipped, image=part))
+        return self
+
+    def result(self, data: bytes | None = None, *, parts: int = 1, kind: str = "PNG", iteration: int = 4) -> Story:
+        """Append the result, in parts that share one number."""
+        self.sequence += 1
+        for part in parts_of(encoded(kind) if data is None else data, kind, parts):
+            result = job_pb2.Result(
+                image=part, iteration=iteration, loss=0.125, stop_reason=job_pb2.STOP_REASON_ITERATIONS
+            )
+            self.event(result=result)
+        return self
+
+    def whole(self, *, iterations: int = 4, parts: int = 1, kind: str = "PNG") -> Story:
+        """Append a job's life from its first event to its good end, a frame for every iteration."""
+        self.snapshot(queue_position=1).state("RUNNING", device="cpu", precision=options_pb2.PRECISION_FP32)
+        for iteration in range(iterations + 1):
+            self.progress(iteration, of=iterations).frame(iteration)
+        return self.result(parts=parts, kind=kind, iteration=iterations).state("SUCCEEDED", device="cpu")
+
+
+def encoded(kind: str = "PNG", *, size: tuple[int, int] = (8, 6), shade: int = 90) -> bytes:
+    """Return a small image file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 120, 200)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def parts_of(data: bytes, kind: str, count: int) -> list[image_pb2.ImagePart]:
+    """Return a file cut into parts."""
+    step = -(-len(data) // count)
+    parts = [
+        image_pb2.ImagePart(
+            format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{kind}"),
+            width=8,
+            height=6,
+            total_bytes=len(data),
+            offset=offset,
+            data=data[offset : offset + step],
+        )
+        for offset in range(0, len(data), step)
+    ]
+    parts[-1].sha256 = hashlib.sha256(data).hexdigest()
+    return parts
+
+
+class Server:
+    """A served servicer: where it listens, and what it saw."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.requests: list[Any] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.hung_up = threading.Event()
+        """Set when a client leaves a Stylize stream."""
+        self.grpc_server: grpc.Server
+
+
+class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
+    """Answers every Stylize with one story."""
+
+    def __init__(self, server: Server, story: Story) -> None:
+        self._server = server
+        self._story = story
+
+    def Stylize(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        """Tell the story."""
+        self._server.requests.append(request)
+        self._server.metadata.append(dict(context.invocation_metadata()))
+        left = threading.Event()
+        context.add_callback(left.set)
+        context.add_callback(self._server.hung_up.set)
+        for step in self._story.steps:
+            if isinstance(step, Abort):
+                context.abort_with_status(step.status)
+            elif isinstance(step, Message):
+                yield step
+            elif callable(step):
+                step()
+            elif not left.wait(step):
+                continue
+            else:
+                return
+
+
+@pytest.fixture
+def story() -> Story:
+    """Return an empty story."""
+    return Story()
+
+
+@pytest.fixture
+def aborted() -> type[Abort]:
+    """Return the step of a story that ends it with a status."""
+    return Abort
+
+
+@pytest.fixture
+def picture() -> Callable[..., bytes]:
+    """Return the maker of small image files."""
+    return encoded
+
+
+@pytest.fixture
+def parts() -> Callable[..., list[image_pb2.ImagePart]]:
+    """Return the cutter of files."""
+    return parts_of
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Return what serves a story, or servicers, on a free loopback port until the test ends."""
+    running: list[grpc.Server] = []
+
+    def start(*served: Any, credentials: Any = None, options: Any = (), port: int = 0) -> Server:
+        server = Server()
+        server.grpc_server = grpc.server(ThreadPoolExecutor(16), options=options)
+        for servicer in served:
+            add(server, servicer)
+        if credentials is None:
+            port = server.grpc_server.add_insecure_port(f"localhost:{port}")
+        else:
+            port = server.grpc_server.add_secure_port("localhost:0", credentials)
+        server.address = f"localhost:{port}"
+        server.grpc_server.start()
+        running.append(server.grpc_server)
+        return server
+
+    def add(server: Server, servicer: Any) -> None:
+        if isinstance(servicer, Story):
+            servicer = StoryTeller(server, servicer)
+        if isinstance(servicer, style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
+            style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(servicer, server.grpc_server)
+        elif isinstance(servicer, style_service_pb2_grpc.StyleServiceServicer):
+            style_service_pb2_grpc.add_StyleServiceServicer_to_server(servicer, server.grpc_server)
+        else:
+            model_service_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server.grpc_server)
+
+    yield start
+    for server in running:
+        server.stop(grace=0).wait(5)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Return the path of a small photograph."""
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded())
+    return path
+
+
+@pytest.fixture
+def wave(tmp_path: Path) -> Path:
+    """Return the path of a small style image."""
+    path = tmp_path / "wave.jpg"
+    path.write_bytes(encoded("JPEG", shade=10))
+    return path
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """Return what waits until a condition holds, and fails after five seconds."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < deadline, "waited five seconds in vain"
+            time.sleep(0.01)
+
+    return wait
