@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--photo", type=Path, default=skimage_photo("chelsea.png"), help="Photograph; a cat by default."
     )
-    parser.add_argument("--style", type=Path, default=SAMPLES / "styles" / "strokes.jpg", help="Style image.")
+    parser.add_argument("--style", type=Path, default=SAMPLES / "styles" / "mosaic.jpg", help="Style image.")
     parser.add_argument("--size", type=int, default=384, help="Longer edge of the picture, pixels.")
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("out"), help="Folder of the results.")
