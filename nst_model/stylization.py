@@ -239,7 +239,7 @@ def to_pixels(picture: Tensor) -> np.ndarray:
 
 def from_pixels(pixels: np.ndarray) -> Tensor:
     """Return HWC uint8 pixels in [0, 255], RGB, as a picture (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
 def _evaluate(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nst_client import Client, Encoding, Frame, Preview, Progress, Result
 from PIL import Image
 
 import nst_model
+from nst_client import Client, Encoding, Frame, Preview, Progress, Result
 from nst_model import FeatureModel, StylizeOptions, WeightedGrams
 from nst_model.weights import load_weights
 from tests.end_to_end.conftest import Running
