@@ -1,0 +1,143 @@
+"""Workers: processes that may die at any moment, and the front that outlives them and never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from google.rpc import code_pb2
+
+from nst.v1 import job_pb2, style_transfer_service_pb2
+from nst_server.executor import ProcessExecutor
+from nst_server.messages import WorkerConfig
+from tests.server.conftest import FOREVER, Told, tiny_settings, until
+
+Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
+
+START_S = 30
+"""A worker starts within this, on a busy machine."""
+
+FRONT = """
+import asyncio, json, sys
+import grpc
+from nst.v1 import style_transfer_service_pb2, style_transfer_service_pb2_grpc
+from nst_server import Server, Settings
+
+async def main():
+    async with Server(Settings.model_validate_json(sys.argv[1])) as server:
+        whole, endless = (
+            style_transfer_service_pb2.StylizeRequest.FromString(bytes.fromhex(request)) for request in sys.argv[2:]
+        )
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = style_transfer_service_pb2_grpc.StyleTransferServiceStub(channel)
+            async for _ in stub.Stylize(whole):
+                pass
+            async for response in stub.Stylize(endless):
+                if response.event.progress.iteration == 5:
+                    heavy = [name for name in ("torch", "torchvision", "nst_model.stylization") if name in sys.modules]
+                    print(json.dumps({"worker": server.executors[0].pid, "heavy": heavy}), flush=True)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_the_death_of_a_worker_takes_down_its_own_job_only(serve: Callable[..., Any], ask: Ask) -> None:
+    """The job fails with WORKER_DIED and its stream ends OK; those that wait go on with the worker's replacement.
+
+    So it does if the replacement dies too, while it is starting and after that, and if an idle worker dies.
+    """
+    server, client = await serve()
+    (executor,) = server.executors
+
+    async def killed_while_running() -> None:
+        call, responses = client.jobs.Stylize(ask(**FOREVER)), []
+        async for response in call:
+            responses.append(response)
+            if response.event.HasField("progress") and response.event.progress.iteration == 2:
+                os.kill(executor.pid, signal.SIGKILL)
+        told = Told(responses)
+        assert told.states == [job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_FAILED]
+        assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
+        assert told.job.error.reason == "WORKER_DIED"
+        assert told.job.error.code == code_pb2.UNAVAILABLE
+        assert "signal 9" in told.job.error.message
+        assert "cpu" in told.job.error.message
+
+    running = asyncio.create_task(killed_while_running())
+    await until(lambda: bool(server._scheduler._running))
+    waiting = asyncio.create_task(client.told(ask()))
+    first_pid = executor.pid
+    await running
+    await until(lambda: executor.pid != first_pid)
+    os.kill(executor.pid, signal.SIGKILL)  # while it is starting
+    told = await asyncio.wait_for(waiting, START_S)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+    os.kill(executor.pid, signal.SIGKILL)  # while it is idle
+    await until(lambda: executor._replacing is not None)
+    told = await asyncio.wait_for(client.told(ask()), START_S)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+    await killed_while_running()
+    began = time.monotonic()
+    await server.stop()
+    assert time.monotonic() - began < 2, "a server does not wait for a worker that nobody needs any more"
+
+
+async def test_front_never_imports_torch_and_takes_its_worker_with_it(
+    tiny_weights_file: Path, tmp_path: Path, ask: Ask
+) -> None:
+    """Torch stays in the worker: for starting, for whole jobs, for their pictures.
+
+    And SIGKILL of the front in the middle of a job leaves no worker behind.
+    """
+    program = tmp_path / "front.py"
+    program.write_text(FRONT)
+    settings = tiny_settings(tiny_weights_file, tmp_path).model_dump_json()
+    requests = [request.SerializeToString().hex() for request in (ask(), ask(**FOREVER))]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(program), settings, *requests, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout
+    try:
+        while not (line := await asyncio.wait_for(process.stdout.readline(), START_S)).startswith(b"{"):
+            assert line, "the server process ended early"
+        told = json.loads(line)
+        assert told["heavy"] == []
+        assert alive(told["worker"])
+    finally:
+        process.kill()
+        await process.wait()
+    await until(lambda: not alive(told["worker"]), 2)
+
+
+async def test_executor_can_be_closed_at_any_moment(tiny_weights_file: Path, tmp_path: Path) -> None:
+    """Before it was started and while it starts: it closes at once, and leaves no process."""
+    config = WorkerConfig("cpu", 1, "vgg16", {"vgg16": tiny_weights_file}, tmp_path, 1 << 20)
+    await ProcessExecutor(config).close()
+    for delay_s in (0, 0.05, 0.5):
+        executor = ProcessExecutor(config)
+        starting = asyncio.create_task(executor.start())
+        await asyncio.sleep(delay_s)
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        await asyncio.wait_for(executor.close(), 2)
+        assert executor.pid is None or not alive(executor.pid)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
