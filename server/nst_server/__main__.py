@@ -23,7 +23,8 @@ def main() -> None:
         settings = load_settings(sys.argv[1:])
     except ValidationError as error:
         for problem in error.errors():
-            print(f"nst-server: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
+            reason = problem["msg"].removeprefix("Value error, ")
+            print(f"nst-server: {'.'.join(map(str, problem['loc']))}: {reason}", file=sys.stderr)
         sys.exit(2)
     except (SettingsError, FileNotFoundError) as error:
         print(f"nst-server: {error}", file=sys.stderr)

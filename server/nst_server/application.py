@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -64,11 +65,17 @@ class Application:
         self._grams = GramCache(settings.data_dir / "grams")
         self._styles.clean()
 
+    def place(self) -> AbstractContextManager[None]:
+        """Hold a place in the queue for a request, within the block; to be entered before its images are received.
+
+        Raises QueueFull or Stopping at once, so that a server with no place spends nothing on a request.
+        """
+        return self._scheduler.place()
+
     async def stylize(self, request: JobRequest) -> Job:
-        """Check a request and queue its job. Raises RequestError; then nothing was started."""
-        with self._scheduler.place():
-            job = Job(await asyncio.to_thread(self._checked, request))
-            self._scheduler.submit(job)
+        """Check a request for which a place is held, and queue its job. Raises RequestError; nothing was started then."""
+        job = Job(await asyncio.to_thread(self._checked, request))
+        self._scheduler.submit(job)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -155,14 +162,14 @@ class Application:
             zip(styles, _shares([style.weight for style in styles], "styles"), strict=True)
         ):
             if style.name:
-                stored = self._styles.get(style.name, f"styles[{index}].style")
+                field = f"styles[{index}].style"
+                stored = self._styles.get(style.name, field)
                 files = [
                     (data, share * image.weight)
-                    for data, image in zip(self._styles.files(stored), stored.images, strict=True)
+                    for data, image in zip(self._styles.files(stored, field), stored.images, strict=True)
                 ]
             else:
-                files = [(style.data, share)]
-            field = f"styles[{index}].image.data"
+                field, files = f"styles[{index}].image.data", [(style.data, share)]
             found.extend(self._style_image(data, weight, size_px, field) for data, weight in files if weight > 0)
         return tuple(found)
 
@@ -230,7 +237,7 @@ def _shares(weights: Sequence[float], field: str) -> list[float]:
 def _page(items: Sequence[T], key: Callable[[T], str], page_size: int, page_token: str) -> tuple[list[T], str]:
     """Return the items after those that the token covers, and the token of the next page. `items` are in key order."""
     try:
-        after = base64.urlsafe_b64decode(page_token.encode()).decode()
+        after = base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError):
         raise InvalidField("page_token", "is not the next_page_token of a previous response") from None
     rest = [item for item in items if key(item) > after]

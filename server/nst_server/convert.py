@@ -12,8 +12,8 @@ from typing import Any
 from google.protobuf import struct_pb2, timestamp_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
-from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 
+from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_model import InvalidOption, ModelCard, Precision, StylizeOptions
 from nst_model.options import MAX_WEIGHT, bounds_of, default_of
 from nst_server.application import JobRequest, JobStyle
@@ -284,6 +284,8 @@ def _style_input(message: style_transfer_service_pb2.StyleInput, field: str) -> 
     weight = weight_from_proto(message, f"{field}.weight")
     match message.WhichOneof("source"):
         case "style":
+            if not message.style:
+                raise InvalidField(f"{field}.style", "is empty; it must be the name of a style")
             return JobStyle(weight, name=message.style)
         case "image":
             return JobStyle(weight, data=message.image.data)

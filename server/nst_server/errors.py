@@ -7,6 +7,7 @@ RequestError
 ├── ModelNotFetched      a known feature model whose weights are not on this server
 ├── QueueFull            too many jobs wait already
 ├── StorageFull          the data folder takes no more
+├── StorageReadOnly      the data folder cannot be written to
 ├── Unread               the caller left its stream unread for too long
 └── Stopping             the server is about to stop
 """
@@ -76,6 +77,12 @@ class StorageFull(RequestError):
     """The data folder takes no more."""
 
     reason = "STORAGE_FULL"
+
+
+class StorageReadOnly(RequestError):
+    """The data folder cannot be written to."""
+
+    reason = "STORAGE_READ_ONLY"
 
 
 class Unread(RequestError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,14 +85,11 @@ class ProcessExecutor:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         ours, theirs = CONTEXT.Pipe()
-        # In a thread: starting an interpreter blocks for some milliseconds.
-        self._process = CONTEXT.Process(
-            target=_worker_main, args=(theirs, self._config), daemon=True, name="nst-worker"
-        )
-        await asyncio.to_thread(self._process.start)
-        theirs.close()
-        self._connection = ours
-        threading.Thread(target=self._read, args=(ours, self._process, loop), daemon=True, name="worker-reader").start()
+        process = CONTEXT.Process(target=_worker_main, args=(theirs, self._config), daemon=True, name="nst-worker")
+        with theirs:
+            process.start()  # takes about a millisecond; the interpreter's own start is not waited for
+        self._process, self._connection = process, ours
+        threading.Thread(target=self._read, args=(ours, process, loop), daemon=True, name="worker-reader").start()
         await self._ready
 
     async def ready(self) -> None:
@@ -121,14 +119,16 @@ class ProcessExecutor:
                 self._send(messages.Cancel(task_id))
 
     async def close(self) -> None:
-        """End the worker process, by force if it does not follow."""
+        """End the worker process, by force if it does not follow or is still starting."""
         self._closing = True
         if self._replacing is not None:
             self._replacing.cancel()
+            await asyncio.wait([self._replacing])
         if (process := self._process) is None:
             return
-        self._send(messages.Shutdown())
-        await asyncio.to_thread(process.join, KILL_AFTER_S)
+        if self._ready is not None and self._ready.done() and not self._ready.cancelled():
+            self._send(messages.Shutdown())
+            await asyncio.to_thread(process.join, KILL_AFTER_S)
         process.kill()
         await asyncio.to_thread(process.join)
 
@@ -180,7 +180,7 @@ class ProcessExecutor:
         while not self._closing:
             try:
                 await self.start()
-            except ExecutorUnavailable as error:
+            except (ExecutorUnavailable, OSError) as error:
                 log.error("worker cannot be replaced yet", device=self.device, error=str(error), retry_s=backoff_s)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -199,6 +199,9 @@ class ProcessExecutor:
 
 
 def _worker_main(connection: Connection, config: WorkerConfig) -> None:
+    # Signals for the terminal's or the service's whole process group are the front's affair.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Imported here, in the child: this module belongs to the front, which never imports torch.
     from nst_server.worker import main  # noqa: PLC0415
 

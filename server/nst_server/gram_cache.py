@@ -64,8 +64,11 @@ class GramCache:
             folder.mkdir(parents=True, exist_ok=True)
             for layer, gram in grams.items():
                 partial = folder / f"{layer}.{os.getpid()}.partial"
-                partial.write_bytes(safetensors.torch.save({"gram": gram.cpu().contiguous()}))
-                partial.replace(folder / f"{layer}.safetensors")
+                try:
+                    partial.write_bytes(safetensors.torch.save({"gram": gram.cpu().contiguous()}))
+                    partial.replace(folder / f"{layer}.safetensors")
+                finally:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             log.warning("Gram matrices are not kept: %s", error)
 
@@ -82,7 +85,10 @@ class GramCache:
         """Remove the images least recently used until at most `max_bytes` are kept."""
         images = []
         for folder in self.folder.glob("*/*"):
-            files = [file.stat() for file in folder.rglob("*.safetensors")]
+            try:
+                files = [file.stat() for file in folder.rglob("*.safetensors")]
+            except FileNotFoundError:  # another worker trims too
+                continue
             images.append(
                 (max((file.st_mtime for file in files), default=0.0), sum(file.st_size for file in files), folder)
             )

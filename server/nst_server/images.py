@@ -74,7 +74,7 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
             picture = Image.open(io.BytesIO(data), formats=READABLE)
             _check_size(*picture.size, field, max_pixels)
             picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+            return _rgb(_upright(picture), field)
     except InvalidField:
         raise
     except UnidentifiedImageError:
@@ -123,14 +123,23 @@ def _check_size(width: int, height: int, field: str, max_pixels: int) -> None:
         raise InvalidField(field, f"has {width}×{height} px; each edge must have at least {MIN_EDGE_PX} px")
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # broken metadata, of whatever kind, around a picture that is whole
+        return picture
+
+
+def _rgb(picture: Image.Image, field: str) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
         # Pillow's own conversion clips 16-bit grey at 255 in place of scaling it.
-        grey = np.asarray(picture).astype(np.float64) / 257
-        picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        deep, transparent = np.asarray(picture), picture.info.get("transparency")
+        picture = Image.fromarray((deep / 257.0).clip(0, 255).round().astype(np.uint8))
+        if transparent is not None:
+            picture.putalpha(Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8)))
     if picture.mode == "F":
         raise InvalidField(
-            "image", "has floating-point pixels, whose range is unknown; save it with 8 or 16 bits a channel"
+            field, "has floating-point pixels, whose range is unknown; save it with 8 or 16 bits a channel"
         )
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")

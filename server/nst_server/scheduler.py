@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -25,6 +25,7 @@ from nst_server.messages import (
     Progressed,
     Started,
     StylizeTask,
+    Task,
 )
 
 log = structlog.get_logger()
@@ -49,21 +50,18 @@ class Scheduler:
         self._reserved = 0
         self._running: dict[str, tuple[Job, Executor]] = {}
         self._work = asyncio.Event()
-        self._loops: list[asyncio.Task[None]] = []
+        self._loops: dict[Executor, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._typical_s = TYPICAL_JOB_S
 
     def add(self, executor: Executor) -> None:
         """Begin to hand jobs to an executor."""
-        self._loops.append(asyncio.create_task(self._serve(executor), name=f"serve-{executor.device}"))
+        self._loops[executor] = asyncio.create_task(self._serve(executor), name=f"serve-{executor.device}")
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place in the queue while a request is being checked and its job submitted, within the block.
-
-        Raises QueueFull or Stopping at once, so that a server with no place spends nothing on a request.
-        """
+        """Hold a place in the queue for a job, within the block that submits it. Raises QueueFull or Stopping."""
         if self._stopping:
             raise Stopping("the server is stopping and takes no more jobs")
         free = max(0, len(self._loops) - len(self._running))
@@ -107,17 +105,17 @@ class Scheduler:
             job = self._waiting.popleft()
             job.failed(STOPPING)
             self._log_end(job)
-        self._work.set()
-        if self._loops:
-            await asyncio.wait(self._loops, timeout=grace_s)
+        # Not the loops that wait for a worker or prepare a style: nobody waits for what they do.
+        if busy := [self._loops[executor] for _, executor in self._running.values()]:
+            await asyncio.wait(busy, timeout=grace_s)
         for job, executor in list(self._running.values()):
             executor.cancel(job.name)
             if not job.state.terminal:
                 job.failed(STOPPING)
                 self._log_end(job)
-        for loop in self._loops:
+        for loop in self._loops.values():
             loop.cancel()
-        await asyncio.gather(*self._loops, *self._endings, return_exceptions=True)
+        await asyncio.gather(*self._loops.values(), *self._endings, return_exceptions=True)
 
     async def _serve(self, executor: Executor) -> None:
         while not self._stopping:
@@ -125,10 +123,15 @@ class Scheduler:
             if self._waiting:
                 await self._run(self._waiting.popleft(), executor)
             elif self._preparations:
-                await executor.run(self._preparations.popleft(), lambda _: None)
+                await self._prepare(self._preparations.popleft(), executor)
             else:
                 self._work.clear()
                 await self._work.wait()
+
+    async def _prepare(self, task: PrepareTask, executor: Executor) -> None:
+        ending = await _ending(executor, task, lambda _: None)
+        if isinstance(ending, Failed):
+            log.warning("style not prepared", style=task.id, error=ending.message)
 
     async def _run(self, job: Job, executor: Executor) -> None:
         self._running[job.name] = (job, executor)
@@ -137,10 +140,7 @@ class Scheduler:
         spec = job.spec
         task = StylizeTask(job.name, spec.model, spec.content, spec.styles, spec.options, spec.preview_interval)
         try:
-            ending = await executor.run(task, lambda message: _note(job, message, executor.device))
-        except Exception as error:
-            log.exception("executor failed", job=job.name)
-            ending = Failed(job.name, "INTERNAL", f"{type(error).__name__}: {error}")
+            ending = await _ending(executor, task, lambda message: _note(job, message, executor.device))
         finally:
             del self._running[job.name]
         self._typical_s += 0.3 * (time.monotonic() - began - self._typical_s)
@@ -154,8 +154,13 @@ class Scheduler:
         match ending:
             case Done():
                 assert ending.pixels is not None
-                image = await asyncio.to_thread(images.encode, ending.pixels, job.spec.output)
-                job.succeeded(Finished(image, ending.iteration, ending.loss, ending.stop_reason))
+                try:
+                    image = await asyncio.to_thread(images.encode, ending.pixels, job.spec.output)
+                except Exception as error:  # whatever it is, a job must end, or its caller waits for ever
+                    log.exception("result not encoded", job=job.name)
+                    job.failed(JobError("INTERNAL", f"the result could not be encoded: {error}"))
+                else:
+                    job.succeeded(Finished(image, ending.iteration, ending.loss, ending.stop_reason))
             case Cancelled():
                 job.cancelled()
             case Failed():
@@ -172,6 +177,7 @@ class Scheduler:
             "job ended",
             job=job.name,
             state=str(job.state),
+            styles=[image.sha256[:12] for image in job.spec.styles],
             size=f"{width}×{height}",
             iterations=job.progress.iteration if job.progress else 0,
             seconds=round(job.progress.elapsed_s, 2) if job.progress else 0,
@@ -179,6 +185,14 @@ class Scheduler:
             loss=job.progress.loss if job.progress else None,
             error=job.error.message if job.error else None,
         )
+
+
+async def _ending(executor: Executor, task: Task, report: Callable[[Message], None]) -> Ending:
+    try:
+        return await executor.run(task, report)
+    except Exception as error:  # the loop that serves the executor must go on
+        log.exception("executor failed", task=task.id)
+        return Failed(task.id, "INTERNAL", f"{type(error).__name__}: {error}")
 
 
 def _note(job: Job, message: Message, device: str) -> None:

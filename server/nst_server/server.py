@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +12,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from nst.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
@@ -18,12 +21,11 @@ from nst.v1 import (
     style_transfer_service_pb2,
     style_transfer_service_pb2_grpc,
 )
-
 from nst_server.application import Application
 from nst_server.executor import ProcessExecutor
 from nst_server.messages import WorkerConfig
 from nst_server.scheduler import Scheduler
-from nst_server.services import ModelServicer, StyleServicer, StyleTransferServicer
+from nst_server.services import Admission, ModelServicer, StyleServicer, StyleTransferServicer
 from nst_server.settings import Settings
 
 log = structlog.get_logger()
@@ -35,6 +37,10 @@ SERVICES = (
 )
 AFTERMATH_S = 2.0
 """How long streams get to deliver their last events once their jobs have ended, seconds."""
+
+KEEPALIVE_S = 30
+"""A client that says nothing for so long is asked whether it is still there: one whose machine has lost its power or
+network says no goodbye."""
 
 
 class AddressInUse(Exception):
@@ -69,10 +75,15 @@ class Server:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         application = Application(settings, self._scheduler)
         self._grpc = grpc.aio.server(
+            interceptors=[Admission(application)],
             maximum_concurrent_rpcs=settings.max_streams,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * 1024 * 1024),
                 ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+                # The question waits behind unread pictures, so its answer may take as long as a write may.
+                ("grpc.keepalive_timeout_ms", round(settings.write_timeout_s * 1000)),
+                ("grpc.http2.ping_timeout_ms", round(settings.write_timeout_s * 1000)),
             ],
         )
         style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(
@@ -92,13 +103,16 @@ class Server:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop."""
-        log.info("stopping")
+        served = not self.starting  # else whoever called `start` has the one line that matters
+        if served:
+            log.info("stopping")
         await self._health.enter_graceful_shutdown()
         await self._scheduler.stop(self._settings.grace_s if grace_s is None else grace_s)
         if self._grpc is not None:
             await self._grpc.stop(AFTERMATH_S)
         await asyncio.gather(*(executor.close() for executor in self.executors))
-        log.info("stopped")
+        if served:
+            log.info("stopped")
 
     async def wait(self) -> None:
         """Wait until the server has been stopped."""
@@ -120,10 +134,11 @@ class Server:
 
     def _bind(self, listen: str) -> str:
         assert self._grpc is not None
+        _check_free(listen)
         try:
             port = self._grpc.add_insecure_port(listen)
         except RuntimeError as error:
-            raise AddressInUse(f"cannot listen on {listen}: the address is malformed or in use") from error
+            raise AddressInUse(f"cannot listen on {listen}: {error}") from error
         return f"{listen.rpartition(':')[0]}:{port}" if port > 1 else listen  # a Unix socket's port is 1
 
     async def _start_workers(self) -> None:
@@ -153,3 +168,27 @@ class Server:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _check_free(listen: str) -> None:
+    """Raise AddressInUse if another program listens on one of the addresses that a host name stands for.
+
+    gRPC is content with any of them; then clients that try another first reach the other program.
+    """
+    if listen.startswith(("unix:", "unix-abstract:", "vsock:")):
+        return
+    host, _, port = listen.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise AddressInUse(f"cannot listen on {listen}: it is no host:port and no unix:path")
+    try:
+        addresses = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (socket.gaierror, OverflowError) as error:
+        raise AddressInUse(f"cannot listen on {listen}: {error}") from error
+    for family, kind, _, _, address in addresses:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise AddressInUse(f"cannot listen on {listen}: another program does") from error

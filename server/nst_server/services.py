@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 from google.protobuf import empty_pb2
+
 from nst.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
@@ -19,7 +21,6 @@ from nst.v1 import (
     style_transfer_service_pb2,
     style_transfer_service_pb2_grpc,
 )
-
 from nst_server import convert
 from nst_server.application import Application
 from nst_server.errors import RequestError, Unread
@@ -29,8 +30,12 @@ from nst_server.styles import Style
 
 log = structlog.get_logger()
 
-Context = grpc.aio.ServicerContext
+STYLIZE = "/nst.v1.StyleTransferService/Stylize"
+
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+_place: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("place")
+"""What the call that is being served holds in the queue."""
 
 
 def refusing(method: Method) -> Method:
@@ -46,6 +51,38 @@ def refusing(method: Method) -> Method:
     return wrapped  # type: ignore[return-value]
 
 
+class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Holds a place in the queue for each call of Stylize, or refuses it, before its images are received.
+
+    gRPC receives a request before it calls the servicer, and a few hundred requests full of images fill the memory.
+    """
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
+        if details.method == STYLIZE:
+            held = contextlib.ExitStack()
+            try:
+                held.enter_context(self._application.place())
+            except RequestError as error:
+                return _refusal(error)
+            _place.set(held)
+            # The servicer gives the place back; this is for a client that goes away before its request is complete.
+            task = asyncio.current_task()
+            assert task is not None
+            task.add_done_callback(lambda _: held.close())
+        return await continuation(details)
+
+
+def _refusal(error: RequestError) -> Any:
+    async def refuse(_: Any, context: Any) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)  # a stream's messages are received when they are asked for
+
+
 class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
     """Makes pictures."""
 
@@ -56,8 +93,9 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     @refusing
     async def Stylize(self, request: Any, context: Any) -> None:  # noqa: N802 - the contract's name
         """Stream a job's events; the job ends when the call does."""
-        asked = convert.request_from_proto(request)
-        job = await self._application.stylize(asked)
+        with _place.get():
+            asked = convert.request_from_proto(request)
+            job = await self._application.stylize(asked)
         try:
             await self._stream(job, asked.preview, context)
         except TimeoutError:
@@ -71,7 +109,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         """Describe every option."""
         return style_transfer_service_pb2.DescribeOptionsResponse(options=convert.describe_options())
 
-    async def _stream(self, job: Job, preview: PreviewSpec, context: Context[Any, Any]) -> None:
+    async def _stream(self, job: Job, preview: PreviewSpec, context: Any) -> None:
         try:
             async with contextlib.aclosing(job.watch(preview)) as events:
                 async for event in events:

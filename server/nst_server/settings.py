@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,6 +16,7 @@ from pydantic_settings import (
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -33,7 +35,7 @@ class Settings(BaseSettings):
     )
     listen: str = Field("localhost:50051", description="Address and port to listen on; port 0 takes a free one.")
     data_dir: Path = Field(
-        default_factory=lambda: platformdirs.user_data_path("nst"),
+        platformdirs.user_data_path("nst"),
         description="Folder of stored styles and their Gram matrices; made if it is not there.",
     )
     devices: list[str] = Field(
@@ -75,8 +77,10 @@ class Settings(BaseSettings):
     @field_validator("weights")
     @classmethod
     def _known_models(cls, weights: dict[str, Path]) -> dict[str, Path]:
-        for name in weights:
+        for name, file in weights.items():
             cls._known_model(name)
+            if not file.is_file():
+                raise ValueError(f"{file}, the weights of {name}, does not exist")
         return weights
 
     @classmethod
@@ -95,7 +99,8 @@ class Settings(BaseSettings):
 def load_settings(arguments: Sequence[str]) -> Settings:
     """Return the settings for a command line. Exits with a message for `--help` and for malformed arguments.
 
-    Raises FileNotFoundError for a `--config` that is not there, and pydantic's ValidationError.
+    Raises FileNotFoundError for a `--config` that is not there, SettingsError for one that is no TOML, and pydantic's
+    ValidationError.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path, default=os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"))
@@ -107,7 +112,10 @@ def load_settings(arguments: Sequence[str]) -> Settings:
         _toml: ClassVar[Path | None] = config
 
     FromFile.__doc__ = Settings.__doc__
-    return FromFile(_cli_settings_source=_command_line(FromFile)(args=list(arguments)))  # type: ignore[call-arg]
+    try:
+        return FromFile(_cli_settings_source=_command_line(FromFile)(args=list(arguments)))  # type: ignore[call-arg]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"config: {config} is no TOML: {error}") from error
 
 
 def _command_line(settings: type[Settings]) -> CliSettingsSource[argparse.ArgumentParser]:

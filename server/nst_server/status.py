@@ -18,6 +18,7 @@ from nst_server.errors import (
     RequestError,
     Stopping,
     StorageFull,
+    StorageReadOnly,
     Unread,
 )
 
@@ -30,11 +31,15 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     ModelNotFetched: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    StorageReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
     Unread: grpc.StatusCode.UNAVAILABLE,
     Stopping: grpc.StatusCode.UNAVAILABLE,
 }
 
 STOPPING_RETRY_S = 5.0
+
+MAX_TEXT_BYTES = 1000
+"""A status travels in HTTP/2 headers, of which clients accept 8 KiB, and each text in it two or three times."""
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError) -> None:
@@ -42,7 +47,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError
     status = rpc_status.to_status(
         status_pb2.Status(
             code=CODES[type(error)].value[0],
-            message=str(error),
+            message=_short(str(error)),
             details=[_packed(detail) for detail in _details(error)],
         )
     )
@@ -52,7 +57,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError
 def _details(error: RequestError) -> list[Any]:
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, InvalidField | NotFound):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_short(error.field), description=_short(error.problem)
+        )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, QueueFull):
         details.append(_retry(error.retry_after_s))
@@ -65,6 +72,15 @@ def _retry(seconds: float) -> Any:
     whole = int(seconds)
     delay = duration_pb2.Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
     return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _short(text: str) -> str:
+    """Return a text that may quote what a caller sent, cut if that was long."""
+    encoded = text.encode()
+    if len(encoded) <= MAX_TEXT_BYTES:
+        return text
+    half = MAX_TEXT_BYTES // 2
+    return f"{encoded[:half].decode(errors='ignore')} … {encoded[-half:].decode(errors='ignore')}"
 
 
 def _packed(detail: Any) -> any_pb2.Any:

@@ -13,15 +13,23 @@ import json
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nst_server.errors import AlreadyExists, InvalidField, NotFound, StorageFull
+import structlog
+
+from nst_server.errors import AlreadyExists, InvalidField, NotFound, StorageFull, StorageReadOnly
+
+log = structlog.get_logger()
 
 ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+DAMAGED = (ValueError, KeyError, TypeError)
+"""What reading a style.json raises that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,7 @@ class StyleStore:
             if not self._write(style, images):
                 return self._same(style)
         except OSError as error:
-            if error.errno in FULL:
-                raise StorageFull(f"the data folder is full; the style was not stored ({error})") from error
-            raise
+            raise _refusal(error, "stored") from error
         return style
 
     def get(self, name: str, field: str = "name") -> Style:
@@ -82,14 +88,17 @@ class StyleStore:
                 return _read(self.folder / style_id)
         except FileNotFoundError:
             pass
+        except DAMAGED as error:
+            log.warning("style is damaged", style=style_id, error=repr(error))
+            raise NotFound(field, f"the style {name!r} is damaged; delete it and create it again") from error
         raise NotFound(field, f"there is no style {name!r}")
 
-    def files(self, style: Style) -> list[bytes]:
+    def files(self, style: Style, field: str = "name") -> list[bytes]:
         """Return the image files of a style, in the order of its images. Raises NotFound if it is gone."""
         try:
             return [(self.folder / style.id / f"{image.sha256}.image").read_bytes() for image in style.images]
         except FileNotFoundError:
-            raise NotFound("style", f"{style.name} was deleted") from None
+            raise NotFound(field, f"the style {style.name!r} was deleted") from None
 
     def list(self) -> list[Style]:
         """Return every style, in the order of their ids."""
@@ -97,17 +106,26 @@ class StyleStore:
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 if ID.fullmatch(folder.name):
-                    found.append(_read(folder))
+                    try:
+                        found.append(_read(folder))
+                    except DAMAGED as error:
+                        log.warning("style is damaged", style=folder.name, error=repr(error))
         return found
 
     def delete(self, name: str) -> None:
-        """Delete a style. Raises NotFound."""
-        style = self.get(name)
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".deleted-") as bin_folder:
-            try:
-                (self.folder / style.id).rename(Path(bin_folder) / style.id)
-            except FileNotFoundError:
-                raise NotFound("name", f"there is no style {name!r}") from None
+        """Delete a style, even a damaged one. Raises NotFound."""
+        style_id = name.removeprefix("styles/")
+        # A mere rename: on a full disk, where there is no room for a new folder, deleting must work.
+        deleted = self.folder / f".deleted-{uuid.uuid4().hex}"
+        try:
+            if not ID.fullmatch(style_id):
+                raise FileNotFoundError
+            (self.folder / style_id).rename(deleted)
+        except FileNotFoundError:
+            raise NotFound("name", f"there is no style {name!r}") from None
+        except OSError as error:
+            raise _refusal(error, "deleted") from error
+        shutil.rmtree(deleted, ignore_errors=True)
 
     def clean(self) -> None:
         """Make the folder and remove what an interrupted run left half done."""
@@ -133,12 +151,23 @@ class StyleStore:
         return True
 
     def _same(self, style: Style) -> Style:
-        there = self.get(style.id)
+        try:
+            there = self.get(style.id)
+        except NotFound as error:
+            raise AlreadyExists(f"{style.name} exists and is damaged; delete it or choose another style_id") from error
         if (there.images, there.display_name) != (style.images, style.display_name):
             raise AlreadyExists(
                 f"{style.name} exists, with other images, weights or display name; delete it or choose another style_id"
             )
         return there
+
+
+def _refusal(error: OSError, verb: str) -> Exception:
+    if error.errno in FULL:
+        return StorageFull(f"the data folder is full; the style was not {verb} ({error})")
+    if error.errno in READ_ONLY:
+        return StorageReadOnly(f"the data folder cannot be written to; the style was not {verb} ({error})")
+    return error
 
 
 def _content_id(images: Sequence[StoredImage], display_name: str) -> str:

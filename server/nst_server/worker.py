@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -51,9 +50,6 @@ RATE_WINDOW = 10
 
 def main(connection: Connection, config: WorkerConfig) -> None:
     """Run a worker process until the front says Shutdown or is gone."""
-    # Signals for the terminal's or the service's whole process group are the front's affair.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
     sender = _Sender(connection)
     try:
@@ -96,7 +92,7 @@ class Worker:
                 case StylizeTask():
                     return self._stylize(task, stop)
                 case PrepareTask():
-                    self._style_grams(task.model, task.styles, task.options)
+                    self._style_grams(task.model, task.styles, task.options, stop)
                     return Done(task.id)
         except NstModelError as error:
             return Failed(
@@ -115,7 +111,9 @@ class Worker:
         model = self.model(task.model)
         clock = _Clock(task.options.iterations)
         self._sender.send(Started(task.id, model.precision(task.options).value))
-        styles = self._style_grams(task.model, task.styles, task.options)
+        styles = self._style_grams(task.model, task.styles, task.options, stop)
+        if stop.is_set():
+            return Cancelled(task.id)
         content = nst_model.from_pixels(task.content)
         best: Iterate | None = None
         reason = StopReason.ITERATIONS
@@ -141,11 +139,13 @@ class Worker:
             self._sender.send_picture(Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture)))
 
     def _style_grams(
-        self, model_name: str, styles: Sequence[StyleImage], options: StylizeOptions
+        self, model_name: str, styles: Sequence[StyleImage], options: StylizeOptions, stop: threading.Event
     ) -> list[WeightedGrams]:
-        found = [
-            WeightedGrams(self._image_grams(self.model(model_name), image, options), image.weight) for image in styles
-        ]
+        model, found = self.model(model_name), []
+        for image in styles:
+            if stop.is_set():
+                break
+            found.append(WeightedGrams(self._image_grams(model, image, options), image.weight))
         self._grams.trim(self._config.grams_max_bytes)
         return found
 
