@@ -51,8 +51,8 @@ def covariance(features: Tensor) -> Tensor:
 def square_roots(matrix: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
     """Return the square root of a positive semidefinite matrix (C, C), and the inverse of that root.
 
-    By the coupled Newton–Schulz iteration (Higham, 2008, eq. 6.35): products only, fast on a GPU. Eigenvalues below some
-    1e-4 of the largest are not converged: their roots come out too small, their inverses too, which tames them.
+    By the coupled Newton–Schulz iteration (Higham, 2008, eq. 6.35): products only, fast on a GPU. Eigenvalues below
+    some 1e-4 of the largest are not converged: their roots come out too small, their inverses too, which tames them.
     """
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     norm = torch.linalg.vector_norm(matrix) + 1e-8
@@ -72,14 +72,16 @@ def trace_of_root(matrix: Tensor) -> Tensor:
     """
     root, inverse = square_roots(matrix.detach())
     slope = 0.5 * (inverse * matrix).sum()
-    return root.trace() + slope - slope.detach()
+    trace: Tensor = root.trace() + slope - slope.detach()
+    return trace
 
 
 def directions(channels: int) -> Tensor:
     """Return the directions that the sliced loss projects on: (C, D) orthonormal columns, always the same."""
     random = torch.Generator().manual_seed(channels)
     q, _ = torch.linalg.qr(torch.randn(channels, channels, generator=random, dtype=torch.float64))
-    return q[:, :MAX_DIRECTIONS].float().contiguous()
+    columns: Tensor = q[:, :MAX_DIRECTIONS].float().contiguous()
+    return columns
 
 
 def quantiles(features: Tensor, onto: Tensor, count: int = 512) -> Tensor:
@@ -233,7 +235,7 @@ def style_targets(features: Tensor, loss: StyleLoss) -> dict[str, Tensor]:
     if loss in MOMENTS:
         return {"mean": as_rows(features).mean(dim=0), "gram": gram(features)}
     if loss is StyleLoss.SLICED:
-        onto = directions(features.shape[1]).to(features.device)
+        onto = directions(features.shape[1]).to(features)
         return {"quantiles": quantiles(features, onto), "directions": onto}
     return {"features": features}
 
@@ -267,7 +269,7 @@ class InnerProduct(nn.Module):
     """One minus the inner product of the whole feature maps, each divided by its norm: from 0 to 2.
 
     The raw inner product has no lower bound: brighter features always lower it. Adding half the squared norm bounds
-    it, but that is the squared error again, up to a constant. What is left of the idea is the direction of the whole map.
+    it, but that is the squared error again, up to a constant. What is left of the idea is the whole map's direction.
     """
 
     def forward(self, features: Tensor, content: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def build_trunk(
     wanted = set(layers)
     if unknown := wanted - set(weights.architecture.layers):
         raise KeyError(f"{', '.join(sorted(unknown))}: not in {weights.architecture.name}")
-    stages = []
+    stages: list[Stage] = []
     below = 1.0
     for convolution in weights.architecture.convolutions:
         here = weights.mean_activation[pooling][convolution.layer]

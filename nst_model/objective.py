@@ -65,7 +65,8 @@ class LayerLoss(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar, before its weight."""
-        return self.loss(features)
+        value: Tensor = self.loss(features)
+        return value
 
 
 class LayerComparison(nn.Module):
@@ -80,7 +81,8 @@ class LayerComparison(nn.Module):
 
     def forward(self, features: Tensor, content: Tensor) -> Tensor:
         """Return the loss of features (1, C, H, W) against the content's, a scalar, before its weight."""
-        return self.loss(features, content)
+        value: Tensor = self.loss(features, content)
+        return value
 
 
 class Objective(nn.Module):

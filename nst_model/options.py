@@ -118,7 +118,7 @@ class StylizeOptions:
     iterations: int = _option(
         20, "Iterations of the optimizer at each scale, each one evaluation of the loss and its gradient.", 1, 10_000
     )
-    content_weight: float = _option(0.03, "Weight of the content loss.", 0, MAX_WEIGHT)
+    content_weight: float = _option(0.05, "Weight of the content loss.", 0, MAX_WEIGHT)
     style_weight: float = _option(1.0, "Weight of the style loss.", 0, MAX_WEIGHT)
     content_layers: LayerWeights = _option({"relu4_2": 1.0}, "Layers that the content is compared at.", 0, MAX_WEIGHT)
     style_layers: LayerWeights = _option(FINE_LAYERS, "Layers that the style is compared at.", 0, MAX_WEIGHT)
@@ -141,7 +141,7 @@ class StylizeOptions:
     def of(cls, preset: Preset | str = Preset.FINE, **given: Any) -> StylizeOptions:
         """Return the options of a preset, with those `given` in place of its own. Raises InvalidOption."""
         chosen = _checked_choice("preset", preset, Preset)
-        return cls(**(PRESETS[Preset(chosen)] | {"preset": chosen} | given))
+        return cls(**{**PRESETS[Preset(chosen)].values, "preset": chosen, **given})
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -168,25 +168,37 @@ class StylizeOptions:
                     )
 
 
-PRESETS: Mapping[Preset, Mapping[str, Any]] = MappingProxyType(
+@dataclass(frozen=True)
+class PresetValues:
+    """What a preset is for, and what it changes in the defaults."""
+
+    description: str
+    values: Mapping[str, Any]
+
+
+PRESETS: Mapping[Preset, PresetValues] = MappingProxyType(
     {
-        Preset.FINE: {},
-        Preset.GATYS: {
-            "iterations": 200,
-            "content_weight": 1.0,
-            "style_weight": 30.0,
-            "style_layers": GATYS_LAYERS,
-            "pooling": Pooling.AVERAGE,
-            "history": 100,
-            "style_loss": StyleLoss.GRAM,
-            "first_size_px": 4096,
-            "tv_weight": 0.0,
-            "padding": Padding.ZEROS,
-        },
-        Preset.PREVIEW: {"size_px": 256, "iterations": 10},
+        Preset.FINE: PresetValues(
+            "The best pictures: Wasserstein distance of the features' means and covariances, from coarse to fine.", {}
+        ),
+        Preset.GATYS: PresetValues(
+            "Gatys, Ecker and Bethge (2016): Gram matrices and squared error, at one scale.",
+            {
+                "iterations": 200,
+                "content_weight": 1.0,
+                "style_weight": 30.0,
+                "style_layers": GATYS_LAYERS,
+                "pooling": Pooling.AVERAGE,
+                "history": 100,
+                "style_loss": StyleLoss.GRAM,
+                "first_size_px": 4096,
+                "tv_weight": 0.0,
+                "padding": Padding.ZEROS,
+            },
+        ),
+        Preset.PREVIEW: PresetValues("A look in seconds at what `fine` will make.", {"size_px": 256, "iterations": 10}),
     }
 )
-"""What each preset changes in the defaults."""
 
 
 def _from_values(values: dict[str, Any]) -> StylizeOptions:

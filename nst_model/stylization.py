@@ -84,6 +84,10 @@ class Style:
     weight: float = 1.0
     name: str = ""
 
+    def scaled(self, scale: float) -> Style:
+        """Return the style with its picture scaled."""
+        return dataclasses.replace(self, picture=resized(self.picture, round(max(self.picture.shape[1:]) * scale)))
+
 
 LayerTargets = Mapping[str, Targets]
 """Layer → what a style loss keeps of a style there."""
@@ -213,7 +217,7 @@ def stylize(
     for edge in edges:
         here = resized(content, edge)
         parts = [
-            (style.weight, (targets_of or model.style_targets)(_at(style, edge / edges[-1]), options))
+            (style.weight, (targets_of or model.style_targets)(style.scaled(edge / edges[-1]), options))
             for style in styles
         ]
         objective = model.objective(mixed(parts), options)
@@ -340,38 +344,6 @@ def to_pixels(picture: Tensor) -> np.ndarray:
 def from_pixels(pixels: np.ndarray) -> Tensor:
     """Return HWC uint8 pixels in [0, 255], RGB, as a picture (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
-
-
-def _evaluate(
-    objective: Any, targets: dict[str, Tensor], optimizer: LBFGS, index: int
-) -> tuple[Iterate | None, np.ndarray]:
-    """Evaluate the objective once; return the iterate, None if it is not finite, and the optimizer's products."""
-    # Compiling the graph anew for every job and size would cost its first iterations seconds on a GPU, and the
-    # kernels, which take the time, are the same.
-    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-        losses, gradient = objective.loss_and_gradient(optimizer.x, targets)
-    # Everything that the host wants to know crosses at once: one synchronization an iteration.
-    on_device = (torch.stack((losses.total, losses.content)), losses.style, optimizer.observe(gradient))
-    values = torch.cat(on_device).cpu().double().numpy()
-    count = 2 + len(losses.style)
-    products = values[count:]
-    if not np.isfinite(values).all():
-        return None, products
-    styles = dict(zip(objective.style_layers, values[2:count].tolist(), strict=True))
-    return Iterate(index, optimizer.x[0], float(values[0]), float(values[1]), styles), products
-
-
-def _check_picture(picture: Tensor, name: str) -> None:
-    if picture.ndim != 3 or picture.shape[0] != 3:
-        raise InvalidImage(f"{name} must have shape (3, H, W), not {tuple(picture.shape)}")
-    if min(picture.shape[1:]) < MIN_EDGE_PX:
-        raise InvalidImage(
-            f"{name} must have at least {MIN_EDGE_PX} px on each edge, not {picture.shape[2]}×{picture.shape[1]}"
-        )
-
-
-def _at(style: Style, scale: float) -> Style:
-    return dataclasses.replace(style, picture=resized(style.picture, round(max(style.picture.shape[1:]) * scale)))
 
 
 def _interpolated(picture: Tensor, size: list[int]) -> Tensor:
