@@ -156,10 +156,18 @@ class WassersteinLoss(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
-        found = covariance(features)
-        overlap = trace_of_root(self.root @ found @ self.root)
-        spread = (found.trace() + self.covariance.trace() - 2 * overlap) / found.shape[0]
-        return F.mse_loss(as_rows(features).mean(dim=0), self.mean) + spread
+        rows = as_rows(features)
+        mean = rows.mean(dim=0)
+        rows = rows - mean
+        positions, channels = rows.shape
+        if positions < channels:
+            # K'^½ K K'^½ and (rows K' rowsᵀ) / P have the same eigenvalues, zeros apart; at coarse scales the latter
+            # is much smaller.
+            overlap = trace_of_root(rows @ self.covariance @ rows.t() / positions)
+        else:
+            overlap = trace_of_root(self.root @ (rows.t() @ rows / positions) @ self.root)
+        spread = rows.square().sum() / positions + self.covariance.trace() - 2 * overlap
+        return F.mse_loss(mean, self.mean) + spread / channels
 
 
 class SlicedLoss(nn.Module):
