@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import nst_model
-from nst_model import FeatureModel, Precision, StylizeOptions, WeightedGrams, gram, load_weights
+from nst_model import FeatureModel, Precision, Style, StylizeOptions, gram, load_weights
 from nst_model.network import build_trunk
 from nst_model.options import relative
 
@@ -52,13 +53,19 @@ def textbook_loop(
 ) -> Iterator[Callable[[], float]]:
     """Yield, for each iteration, a function that makes it and returns the loss: plain PyTorch, as in tutorials."""
     style_layers, content_layers = relative(options.style_layers), relative(options.content_layers)
-    trunk = build_trunk(model.weights, [*style_layers, *content_layers], precision=Precision.FP32, device=model.device)
+    trunk = build_trunk(
+        model.weights,
+        [*style_layers, *content_layers],
+        pooling=options.pooling,
+        precision=Precision.FP32,
+        device=model.device,
+    )
     layers = [(stage.name, stage.weight.contiguous(), stage.bias, stage.pooled) for stage in trunk.stages]
 
     def features(x: Tensor) -> dict[str, Tensor]:
         found, x = {}, x - trunk.mean
         for name, weight, bias, pooled in layers:
-            x = F.relu(F.conv2d(F.max_pool2d(x, 2) if pooled else x, weight, bias, padding=1))
+            x = F.relu(F.conv2d(F.avg_pool2d(x, 2) if pooled else x, weight, bias, padding=1))
             found[name] = x
         return found
 
@@ -94,10 +101,11 @@ def measure(model: FeatureModel, size_px: int, iterations: int, precision: Preci
     height = size_px * 3 // 4
     content = one_over_f_noise(size_px, random)[:, :height].contiguous().to(model.device)
     style = dead_leaves(size_px, random)[:, :height].contiguous().to(model.device)
-    options = StylizeOptions(size_px=size_px, iterations=iterations, precision=precision)
-    fp32 = StylizeOptions(size_px=size_px, iterations=iterations, precision=Precision.FP32)
-    ours = nst_model.stylize(model, content, [WeightedGrams(model.grams(style, options))], options)
-    textbook = textbook_loop(model, content, model.grams(style, fp32), fp32)
+    options = StylizeOptions.of("gatys", size_px=size_px, iterations=iterations, precision=precision)
+    fp32 = dataclasses.replace(options, precision=Precision.FP32)
+    ours = nst_model.stylize(model, content, [Style(style)], options)
+    targets = model.style_targets(Style(style), fp32)
+    textbook = textbook_loop(model, content, {layer: kept["gram"] for layer, kept in targets.items()}, fp32)
     next(ours)
     seconds: dict[str, list[float]] = {"textbook": [], "ours": []}
     for _ in range(iterations):
@@ -120,7 +128,7 @@ def loss_in_fp32(
     model: FeatureModel, content: Tensor, style: Tensor, picture: Tensor, options: StylizeOptions
 ) -> float:
     """Return the objective at a picture, computed in fp32 whatever it was optimized in."""
-    objective = model.objective([WeightedGrams(model.grams(style, options))], options)
+    objective = model.objective(model.style_targets(Style(style), options), options)
     return float(objective(picture[None], objective.content_targets(content[None])).total)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import nst_model
 from nst_client import AsyncClient, Frame, JobState, Preview, Progress, StateChange
-from nst_model import FeatureModel, StylizeOptions, WeightedGrams, load_weights
+from nst_model import FeatureModel, Style, StylizeOptions, load_weights
 from nst_model.calibration import dead_leaves, one_over_f_noise
 
 WARM_UP = 2
@@ -47,9 +47,9 @@ class Core:
 
     def __init__(self, device: str, size_px: int, iterations: int) -> None:
         self._model = FeatureModel(load_weights(nst_model.DEFAULT_MODEL), device)
-        self._options = StylizeOptions(size_px=size_px, iterations=iterations)
+        self._options = StylizeOptions.of("gatys", size_px=size_px, iterations=iterations)
         self._content, style = (nst_model.from_pixels(picture(size_px, seed)) for seed in (1, 0))
-        self._styles = [WeightedGrams(self._model.grams(style, self._options))]
+        self._styles = [Style(style)]
 
     def iteration_seconds(self) -> list[float]:
         """Return the time of each iteration of one run, seconds, warm-up left out."""
@@ -65,7 +65,7 @@ async def streamed(client: AsyncClient, size_px: int, iterations: int) -> tuple[
     began = time.perf_counter()
     first_frame, moments = 0.0, []
     async with client.stylize(
-        *files, size_px=size_px, iterations=iterations, preview=Preview(interval=1, size_px=size_px)
+        *files, preset="gatys", size_px=size_px, iterations=iterations, preview=Preview(interval=1, size_px=size_px)
     ) as run:
         async for event in run:
             if isinstance(event, Frame) and not first_frame:
@@ -78,12 +78,12 @@ async def streamed(client: AsyncClient, size_px: int, iterations: int) -> tuple[
 async def cancel_seconds(client: AsyncClient, size_px: int, after_iterations: int) -> float:
     """Return how long after a cancelled job the next one, already waiting, gets the worker."""
     files = [png(picture(size_px, seed)) for seed in (1, 0)]
-    first = client.stylize(*files, size_px=size_px, iterations=1000)
+    first = client.stylize(*files, preset="gatys", size_px=size_px, iterations=1000)
     async with first:
         async for event in first:
             if isinstance(event, Progress) and event.iteration == after_iterations:
                 break
-        async with client.stylize(*files, size_px=64, iterations=1) as second:
+        async with client.stylize(*files, preset="gatys", size_px=64, iterations=1) as second:
             cancelled = None
             async for event in second:
                 if cancelled is None:

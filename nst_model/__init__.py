@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nst_model.devices import available_devices, resolve_device, resolve_precision
-    from nst_model.objective import Losses, Objective, gram, load_artifact, save_artifact, script
-    from nst_model.stylization import FeatureModel, Iterate, StopReason, WeightedGrams, from_pixels, stylize, to_pixels
+    from nst_model.losses import gram
+    from nst_model.objective import Losses, Objective, load_artifact, save_artifact, script
+    from nst_model.stylization import FeatureModel, Iterate, StopReason, Style, from_pixels, stylize, to_pixels
     from nst_model.weights import FeatureWeights, fetch, load_weights
 
 from nst_model.errors import (
@@ -25,7 +26,7 @@ from nst_model.errors import (
     WeightsUnavailable,
 )
 from nst_model.models import CARDS, DEFAULT_MODEL, ModelCard, model_card
-from nst_model.options import Init, Pooling, Precision, StylizeOptions
+from nst_model.options import ContentLoss, Init, Padding, Pooling, Precision, Preset, StyleLoss, StylizeOptions
 
 _LAZY = {
     "available_devices": "devices",
@@ -33,14 +34,14 @@ _LAZY = {
     "resolve_precision": "devices",
     "Losses": "objective",
     "Objective": "objective",
-    "gram": "objective",
+    "gram": "losses",
     "load_artifact": "objective",
     "save_artifact": "objective",
     "script": "objective",
     "FeatureModel": "stylization",
     "Iterate": "stylization",
     "StopReason": "stylization",
-    "WeightedGrams": "stylization",
+    "Style": "stylization",
     "from_pixels": "stylization",
     "stylize": "stylization",
     "to_pixels": "stylization",
@@ -52,6 +53,7 @@ _LAZY = {
 __all__ = [
     "CARDS",
     "DEFAULT_MODEL",
+    "ContentLoss",
     "DeviceUnavailable",
     "FeatureModel",
     "FeatureWeights",
@@ -63,12 +65,15 @@ __all__ = [
     "ModelCard",
     "NstModelError",
     "Objective",
+    "Padding",
     "Pooling",
     "Precision",
+    "Preset",
     "StopReason",
+    "Style",
+    "StyleLoss",
     "StylizeOptions",
     "UnknownModel",
-    "WeightedGrams",
     "WeightsCorrupt",
     "WeightsUnavailable",
     "available_devices",

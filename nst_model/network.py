@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_model.options import Pooling, Precision
+from nst_model.options import Padding, Pooling, Precision
 from nst_model.weights import FeatureWeights
 
 MIN_EDGE_PX = 16
@@ -27,13 +27,17 @@ class Stage(nn.Module):
     tapped: Final[bool]
     pooled: Final[bool]
     average: Final[bool]
+    padding: Final[int]
 
-    def __init__(self, name: str, weight: Tensor, bias: Tensor, *, tapped: bool, pooled: bool, average: bool) -> None:
+    def __init__(
+        self, name: str, weight: Tensor, bias: Tensor, *, tapped: bool, pooled: bool, average: bool, padding: int
+    ) -> None:
         super().__init__()
         self.name = name
         self.tapped = tapped
         self.pooled = pooled
         self.average = average
+        self.padding = padding
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
@@ -44,7 +48,7 @@ class Stage(nn.Module):
         """Return the layer's features, in the trunk's precision."""
         if self.pooled:
             x = F.avg_pool2d(x, 2) if self.average else F.max_pool2d(x, 2)
-        return torch.relu_(F.conv2d(x, self.weight, self.bias, padding=[1, 1]))
+        return torch.relu_(F.conv2d(x, self.weight, self.bias, padding=[self.padding, self.padding]))
 
 
 class Trunk(nn.Module):
@@ -55,9 +59,11 @@ class Trunk(nn.Module):
     """
 
     bf16: Final[bool]
+    replicate: Final[bool]
 
-    def __init__(self, stages: list[Stage], mean: Tensor, *, bf16: bool) -> None:
+    def __init__(self, stages: list[Stage], mean: Tensor, *, bf16: bool, replicate: bool) -> None:
         super().__init__()
+        self.replicate = replicate
         self.bf16 = bf16
         self.stages = nn.ModuleList(stages)
         self.register_buffer("mean", mean)
@@ -67,6 +73,8 @@ class Trunk(nn.Module):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return the features of each tapped layer, fp32, by name. `image`: (N, 3, H, W) RGB in [0, 1]."""
         x = image - self.mean
+        if self.replicate:
+            x = F.pad(x, [1, 1, 1, 1], mode="replicate")
         if self.bf16:
             x = x.to(torch.bfloat16)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -83,6 +91,7 @@ def build_trunk(
     layers: Iterable[str],
     *,
     pooling: Pooling = Pooling.MAX,
+    padding: Padding = Padding.ZEROS,
     precision: Precision = Precision.FP32,
     device: torch.device | str = "cpu",
 ) -> Trunk:
@@ -96,7 +105,7 @@ def build_trunk(
     wanted = set(layers)
     if unknown := wanted - set(weights.architecture.layers):
         raise KeyError(f"{', '.join(sorted(unknown))}: not in {weights.architecture.name}")
-    stages = []
+    stages: list[Stage] = []
     below = 1.0
     for convolution in weights.architecture.convolutions:
         here = weights.mean_activation[pooling][convolution.layer]
@@ -111,11 +120,17 @@ def build_trunk(
                 tapped=convolution.layer in wanted,
                 pooled=convolution.pooled,
                 average=pooling is Pooling.AVERAGE,
+                padding=0 if padding is Padding.REPLICATE and not stages else 1,
             )
         )
         below = here
         wanted.discard(convolution.layer)
         if not wanted:
             break
-    trunk = Trunk(stages, weights.mean.to(device).view(1, 3, 1, 1), bf16=precision is Precision.BF16)
+    trunk = Trunk(
+        stages,
+        weights.mean.to(device).view(1, 3, 1, 1),
+        bf16=precision is Precision.BF16,
+        replicate=padding is Padding.REPLICATE,
+    )
     return trunk.eval()

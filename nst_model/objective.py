@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets
 from nst_model.network import Trunk
+from nst_model.options import StylizeOptions, relative
 
 METADATA_FILE = "nst.json"
 
@@ -25,112 +27,110 @@ class Losses(NamedTuple):
     """The objective and what it is made of.
 
     Attributes:
-        total: content_weight · content + style_weight · Σ weight · style, a scalar.
+        total: content_weight · content + style_weight · Σ weight · style + tv_weight · variation, a scalar.
         content: the content loss before its weight, a scalar.
+        variation: the total variation before its weight, a scalar.
         style: each style layer's loss before any weight, (L,), in the order of `Objective.style_layers`.
     """
 
     total: Tensor
     content: Tensor
+    variation: Tensor
     style: Tensor
 
 
-def gram(features: Tensor) -> Tensor:
-    """Return the Gram matrix of features (1, C, H, W): (C, C), the mean over positions of the outer product.
+def total_variation(image: Tensor) -> Tensor:
+    """Return the mean squared difference of neighbouring pixels of a picture (1, 3, H, W), eight neighbours each.
 
-    Divides by H·W, so that it means the same at every size; Gatys et al. (2016), eq. 3, does not.
+    Diagonal pairs count half, being twice as far apart squared (the nine-point stencil).
     """
-    positions = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-    # The number of positions stays an integer: a float would be baked into an exported graph.
-    return positions.t() @ positions / positions.shape[0]
+    padded = F.pad(image, [1, 1, 1, 1], mode="replicate")
+    down = padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1]
+    across = padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1]
+    one = padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1]
+    other = padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:]
+    diagonals = one.square().mean() + other.square().mean()
+    return (down.square().mean() + across.square().mean() + 0.5 * diagonals) / 3
 
 
-class GramLoss(nn.Module):
-    """Mean squared difference of the Gram matrix to the style's.
-
-    Gatys et al. (2016), eq. 4, is a quarter of this.
-    """
+class LayerLoss(nn.Module):
+    """A style loss at one layer, and the layer's relative weight."""
 
     weight: float
-    target: Tensor
 
-    def __init__(self, target: Tensor, weight: float) -> None:
+    def __init__(self, loss: nn.Module, weight: float) -> None:
         super().__init__()
+        self.loss = loss
         self.weight = weight
-        self.register_buffer("target", target)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(gram(features), self.target)
+        """Return the loss of features (1, C, H, W), a scalar, before its weight."""
+        value: Tensor = self.loss(features)
+        return value
 
 
-class ContentLoss(nn.Module):
-    """Mean squared difference of the features to the content's. Gatys et al. (2016), eq. 1, is half the sum."""
+class LayerComparison(nn.Module):
+    """A content loss at one layer, and the layer's relative weight."""
 
     weight: float
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, loss: nn.Module, weight: float) -> None:
         super().__init__()
+        self.loss = loss
         self.weight = weight
 
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W) against a target of the same shape, a scalar."""
-        return F.mse_loss(features, target)
+    def forward(self, features: Tensor, content: Tensor) -> Tensor:
+        """Return the loss of features (1, C, H, W) against the content's, a scalar, before its weight."""
+        value: Tensor = self.loss(features, content)
+        return value
 
 
 class Objective(nn.Module):
     """What is minimized: a function of the picture and of the content's features.
 
-    The style's targets are buffers: they serve any picture size and are saved with the module. The content's features
-    have the size of the picture, so they are an argument.
+    The style's targets are buffers: they are saved with the module, and those made of moments serve any picture size.
+    The content's features have the size of the picture, so they are an argument.
 
     Args:
-        trunk: the feature model; must tap every layer named.
-        style_targets: layer → Gram matrix (C, C) of the style.
-        style_layers: layer → relative weight; the weights sum to 1.
-        content_layers: layer → relative weight; the weights sum to 1.
+        trunk: the feature model; must tap every layer that the options name.
+        style_targets: layer → what the style loss keeps of the style; see `losses.style_targets`.
+        options: which losses, layers and weights.
     """
 
     content_weight: float
     style_weight: float
+    tv_weight: float
     style_layers: Final[list[str]]
     content_layers: Final[list[str]]
 
-    def __init__(
-        self,
-        trunk: Trunk,
-        style_targets: Mapping[str, Tensor],
-        *,
-        style_layers: Mapping[str, float],
-        content_layers: Mapping[str, float],
-        style_weight: float,
-        content_weight: float,
-    ) -> None:
+    def __init__(self, trunk: Trunk, style_targets: Mapping[str, Targets], options: StylizeOptions) -> None:
         super().__init__()
         self.trunk = trunk
-        self.style_weight = style_weight
-        self.content_weight = content_weight
-        self.style_layers = list(style_layers)
-        self.content_layers = list(content_layers)
-        self.style = nn.ModuleDict(
-            {layer: GramLoss(style_targets[layer], weight) for layer, weight in style_layers.items()}
-        )
-        self.content = nn.ModuleDict({layer: ContentLoss(weight) for layer, weight in content_layers.items()})
+        self.style_weight = options.style_weight
+        self.content_weight = options.content_weight
+        self.tv_weight = options.tv_weight
+        style, content = relative(options.style_layers), relative(options.content_layers)
+        self.style_layers = list(style)
+        self.content_layers = list(content)
+        style_loss, content_loss = STYLE_LOSSES[options.style_loss], CONTENT_LOSSES[options.content_loss]
+        self.style = nn.ModuleDict({name: LayerLoss(style_loss(style_targets[name]), style[name]) for name in style})
+        self.content = nn.ModuleDict({name: LayerComparison(content_loss(), content[name]) for name in content})
 
     def forward(self, image: Tensor, content: dict[str, Tensor]) -> Losses:
         """Return the losses of a picture (1, 3, H, W), given `content_targets` of the content image."""
         features = self.trunk(image)
         content_loss = torch.zeros((), device=image.device)
-        for layer, loss in self.content.items():
-            content_loss = content_loss + loss.weight * loss(features[layer], content[layer])
+        for layer, comparison in self.content.items():
+            content_loss = content_loss + comparison.weight * comparison(features[layer], content[layer])
         style_loss = torch.zeros((), device=image.device)
         style_losses: list[Tensor] = []
         for layer, loss in self.style.items():
             value = loss(features[layer])
             style_losses.append(value)
             style_loss = style_loss + loss.weight * value
-        total = self.content_weight * content_loss + self.style_weight * style_loss
-        return Losses(total, content_loss, torch.stack(style_losses))
+        variation = total_variation(image)
+        total = self.content_weight * content_loss + self.style_weight * style_loss + self.tv_weight * variation
+        return Losses(total, content_loss, variation, torch.stack(style_losses))
 
     @torch.jit.export
     def loss_and_gradient(self, image: Tensor, content: dict[str, Tensor]) -> tuple[Losses, Tensor]:
@@ -142,7 +142,10 @@ class Objective(nn.Module):
         losses = self.forward(image, content)
         gradient = torch.autograd.grad([losses.total], [image])[0]
         assert gradient is not None
-        return Losses(losses.total.detach(), losses.content.detach(), losses.style.detach()), gradient
+        detached = Losses(
+            losses.total.detach(), losses.content.detach(), losses.variation.detach(), losses.style.detach()
+        )
+        return detached, gradient
 
     @torch.jit.export
     def content_targets(self, image: Tensor) -> dict[str, Tensor]:

@@ -19,11 +19,47 @@ from nst_model.errors import InvalidOption
 MAX_WEIGHT = 1e9
 
 
+class Preset(StrEnum):
+    """A starting point that every other option overrides."""
+
+    FINE = "fine"
+    GATYS = "gatys"
+    PREVIEW = "preview"
+
+
 class Init(StrEnum):
     """The picture that the optimization starts from."""
 
     CONTENT = "content"
     NOISE = "noise"
+
+
+class StyleLoss(StrEnum):
+    """Which statistic of the features makes a style."""
+
+    GRAM = "gram"
+    COVARIANCE = "covariance"
+    MEAN_STD = "mean_std"
+    WASSERSTEIN = "wasserstein"
+    SLICED = "sliced"
+    DIRECT = "direct"
+    CROSS = "cross"
+
+
+class ContentLoss(StrEnum):
+    """How features are compared with the content's."""
+
+    SQUARED_ERROR = "squared_error"
+    INNER_PRODUCT = "inner_product"
+    COSINE = "cosine"
+    SELF_SIMILARITY = "self_similarity"
+
+
+class Padding(StrEnum):
+    """What lies beyond the picture's edge, for the first convolution."""
+
+    ZEROS = "zeros"
+    REPLICATE = "replicate"
 
 
 class Pooling(StrEnum):
@@ -65,31 +101,47 @@ def _option(
     return field(default=default, metadata={"bounds": bounds})
 
 
+FINE_LAYERS = {"relu1_1": 256.0, "relu2_1": 64.0, "relu3_1": 16.0, "relu4_1": 4.0, "relu5_1": 1.0}
+GATYS_LAYERS = {"relu1_1": 64.0, "relu2_1": 16.0, "relu3_1": 4.0, "relu4_1": 1.0, "relu5_1": 1.0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StylizeOptions:
-    """Options of one stylization. Raises InvalidOption if any is outside its bounds."""
+    """Options of one stylization. Raises InvalidOption if any is outside its bounds.
+
+    The defaults are those of Preset.FINE; `StylizeOptions.of` starts from another preset.
+    """
 
     size_px: int = _option(
         512, "Longer edge of the picture; the shorter one follows from the content image's shape.", 16, 4096, "px"
     )
     iterations: int = _option(
-        200, "Number of optimizer iterations, each one evaluation of the loss and its gradient.", 1, 10_000
+        20, "Iterations of the optimizer at each scale, each one evaluation of the loss and its gradient.", 1, 10_000
     )
-    content_weight: float = _option(1.0, "Weight of the content loss.", 0, MAX_WEIGHT)
-    style_weight: float = _option(30.0, "Weight of the style loss.", 0, MAX_WEIGHT)
+    content_weight: float = _option(0.05, "Weight of the content loss.", 0, MAX_WEIGHT)
+    style_weight: float = _option(1.0, "Weight of the style loss.", 0, MAX_WEIGHT)
     content_layers: LayerWeights = _option({"relu4_2": 1.0}, "Layers that the content is compared at.", 0, MAX_WEIGHT)
-    style_layers: LayerWeights = _option(
-        {"relu1_1": 64.0, "relu2_1": 16.0, "relu3_1": 4.0, "relu4_1": 1.0, "relu5_1": 1.0},
-        "Layers that the style is compared at.",
-        0,
-        MAX_WEIGHT,
-    )
+    style_layers: LayerWeights = _option(FINE_LAYERS, "Layers that the style is compared at.", 0, MAX_WEIGHT)
     style_scale: float = _option(1.0, "Longer edge of the style images relative to the picture's.", 0.1, 4)
     init: Init = _option(Init.CONTENT, "The picture that the optimization starts from.")
     seed: int = _option(0, "Seed of everything random.", 0, 2**32 - 1)
-    pooling: Pooling = _option(Pooling.AVERAGE, "How the feature model halves its resolution.")
+    pooling: Pooling = _option(Pooling.MAX, "How the feature model halves its resolution.")
     precision: Precision = _option(Precision.AUTO, "Arithmetic of the feature model.")
-    history: int = _option(100, "Number of curvature pairs that L-BFGS remembers.", 1, 1000)
+    history: int = _option(20, "Number of curvature pairs that L-BFGS remembers.", 1, 1000)
+    preset: Preset = _option(Preset.FINE, "The starting point that the other options override.")
+    style_loss: StyleLoss = _option(StyleLoss.WASSERSTEIN, "Which statistic of the features makes a style.")
+    content_loss: ContentLoss = _option(ContentLoss.SQUARED_ERROR, "How features are compared with the content's.")
+    first_size_px: int = _option(
+        128, "Smallest longer edge to begin at; sizes grow by √2 from there to size_px.", 16, 4096, "px"
+    )
+    tv_weight: float = _option(2.0, "Weight of the total variation: how smooth the picture is.", 0, MAX_WEIGHT)
+    padding: Padding = _option(Padding.REPLICATE, "What lies beyond the picture's edge, for the first convolution.")
+
+    @classmethod
+    def of(cls, preset: Preset | str = Preset.FINE, **given: Any) -> StylizeOptions:
+        """Return the options of a preset, with those `given` in place of its own. Raises InvalidOption."""
+        chosen = _checked_choice("preset", preset, Preset)
+        return cls(**{**PRESETS[Preset(chosen)].values, "preset": chosen, **given})
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -114,6 +166,39 @@ class StylizeOptions:
                     raise InvalidOption(
                         f"{name}[{layer}]", f"is no layer of the feature model; {hint}{', '.join(layers)}"
                     )
+
+
+@dataclass(frozen=True)
+class PresetValues:
+    """What a preset is for, and what it changes in the defaults."""
+
+    description: str
+    values: Mapping[str, Any]
+
+
+PRESETS: Mapping[Preset, PresetValues] = MappingProxyType(
+    {
+        Preset.FINE: PresetValues(
+            "The best pictures: Wasserstein distance of the features' means and covariances, from coarse to fine.", {}
+        ),
+        Preset.GATYS: PresetValues(
+            "Gatys, Ecker and Bethge (2016): Gram matrices and squared error, at one scale.",
+            {
+                "iterations": 200,
+                "content_weight": 1.0,
+                "style_weight": 30.0,
+                "style_layers": GATYS_LAYERS,
+                "pooling": Pooling.AVERAGE,
+                "history": 100,
+                "style_loss": StyleLoss.GRAM,
+                "first_size_px": 4096,
+                "tv_weight": 0.0,
+                "padding": Padding.ZEROS,
+            },
+        ),
+        Preset.PREVIEW: PresetValues("A look in seconds at what `fine` will make.", {"size_px": 256, "iterations": 10}),
+    }
+)
 
 
 def _from_values(values: dict[str, Any]) -> StylizeOptions:

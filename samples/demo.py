@@ -26,12 +26,13 @@ def main() -> None:
     parser.add_argument(
         "--photo", type=Path, default=skimage_photo("chelsea.png"), help="Photograph; a cat by default."
     )
-    parser.add_argument("--style", type=Path, default=SAMPLES / "styles" / "mosaic.jpg", help="Style image.")
+    parser.add_argument("--style", type=Path, default=SAMPLES / "styles" / "strokes.jpg", help="Style image.")
     parser.add_argument("--size", type=int, default=384, help="Longer edge of the picture, pixels.")
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=20, help="Iterations at each scale.")
     parser.add_argument("--out", type=Path, default=Path("out"), help="Folder of the results.")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped then too
     picture, animation = options.out / "demo.png", options.out / "demo.webp"
 
     run("nst-model", "fetch")

@@ -67,6 +67,7 @@ def numbers(message: job_pb2.Progress) -> dict[str, Any]:
         "iterations": message.iterations,
         "loss": message.loss,
         "content_loss": message.content_loss,
+        "tv_loss": message.tv_loss,
         "style_losses": dict(sorted(message.style_losses.items())),
         "elapsed_s": message.elapsed_s,
         "iterations_per_second": message.iterations_per_second,

@@ -72,11 +72,13 @@ class Numbers:
     iteration: int
     """0 for the starting picture, 1 after the first step."""
     iterations: int
-    """Iterations the job will make."""
+    """Iterations the job will make, all scales together."""
     loss: float
-    """The objective: weighted content loss plus weighted style loss."""
+    """The objective: weighted content loss, style loss and total variation. It rises where a finer scale begins."""
     content_loss: float
     """Content loss before its weight."""
+    tv_loss: float
+    """Total variation before its weight."""
     style_losses: Mapping[str, float] = field(hash=False)
     """Style loss of each layer before any weight, by layer name."""
     elapsed_s: float

@@ -14,8 +14,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
 
 from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
-from nst_model import InvalidOption, ModelCard, Precision, StylizeOptions
-from nst_model.options import MAX_WEIGHT, bounds_of, default_of
+from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions
+from nst_model.options import MAX_WEIGHT, PRESETS, bounds_of, default_of
 from nst_server.application import JobRequest, JobStyle
 from nst_server.errors import InvalidField
 from nst_server.images import EncodedImage, Encoding, ImageFormat
@@ -56,7 +56,7 @@ def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
         elif message.HasField(field.name):
             given[field.name] = getattr(message, field.name)
     try:
-        return StylizeOptions(**given)
+        return StylizeOptions.of(**given)
     except InvalidOption as error:
         raise InvalidField(f"options.{error.field}", error.reason) from error
 
@@ -99,6 +99,14 @@ def describe_options() -> Iterator[options_pb2.OptionDescription]:
             message.type = OPTION_TYPES[type(default)]
             message.default_value.number_value = default
         yield message
+
+
+def describe_presets() -> Iterator[style_transfer_service_pb2.PresetDescription]:
+    """Yield what each preset stands for."""
+    for preset in Preset:
+        yield style_transfer_service_pb2.PresetDescription(
+            name=preset, description=PRESETS[preset].description, options=options_to_proto(StylizeOptions.of(preset))
+        )
 
 
 def weight_from_proto(message: Any, field: str) -> float:
@@ -230,6 +238,7 @@ def progress_to_proto(progress: Progressed) -> job_pb2.Progress:
         iterations=progress.iterations,
         loss=progress.loss,
         content_loss=progress.content_loss,
+        tv_loss=progress.tv_loss,
         style_losses=progress.style_losses,
         elapsed_s=progress.elapsed_s,
         iterations_per_second=progress.iterations_per_second,

@@ -1,6 +1,9 @@
 """Gram matrices on disk, keyed by the image file, the feature model and the size; shared by jobs and stored styles.
 
-    grams/{model}-{weights}/{image sha256}/{size}px-{pooling}-{precision}/{layer}.safetensors
+    grams/{model}-{weights}/{image sha256}/{size}px-of-{base}-{pooling}-{padding}-{precision}/{layer}.safetensors
+
+With each Gram matrix its features' mean is kept: every loss on first and second moments is made of the two. Coarser
+scales of a run are scaled down from the style's full size, the base.
 
 Whatever is here can be computed anew, so a damaged file is overwritten and a full disk costs only time.
 """
@@ -29,7 +32,9 @@ class GramKey(NamedTuple):
     weights_sha256: str
     image_sha256: str
     size_px: int
+    base_px: int
     pooling: str
+    padding: str
     precision: str
 
 
@@ -39,15 +44,15 @@ class GramCache:
 
     folder: Path
 
-    def load(self, key: GramKey, layers: Iterable[str]) -> dict[str, Tensor]:
-        """Return those of `layers` that are kept, layer → (C, C), on the CPU."""
+    def load(self, key: GramKey, layers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Return those of `layers` that are kept, layer → `mean` (C,) and `gram` (C, C), on the CPU."""
         import safetensors.torch  # noqa: PLC0415 - only workers have torch
 
         found = {}
         for layer in layers:
             file = self._folder(key) / f"{layer}.safetensors"
             try:
-                found[layer] = safetensors.torch.load(file.read_bytes())["gram"]
+                found[layer] = _moments(safetensors.torch.load(file.read_bytes()))
                 os.utime(file)
             except FileNotFoundError:
                 continue
@@ -55,17 +60,19 @@ class GramCache:
                 log.warning("%s is damaged and will be made anew: %s", file, error)
         return found
 
-    def save(self, key: GramKey, grams: Mapping[str, Tensor]) -> None:
-        """Keep Gram matrices, layer → (C, C)."""
+    def save(self, key: GramKey, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keep moments, layer → `mean` (C,) and `gram` (C, C)."""
         import safetensors.torch  # noqa: PLC0415
 
         folder = self._folder(key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for layer, gram in grams.items():
+            for layer, tensors in moments.items():
                 partial = folder / f"{layer}.{os.getpid()}.partial"
                 try:
-                    partial.write_bytes(safetensors.torch.save({"gram": gram.cpu().contiguous()}))
+                    partial.write_bytes(
+                        safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
+                    )
                     partial.replace(folder / f"{layer}.safetensors")
                 finally:
                     partial.unlink(missing_ok=True)
@@ -75,10 +82,12 @@ class GramCache:
     def prepared(self, image_sha256: str) -> dict[tuple[str, int], set[str]]:
         """Return the layers that are kept for an image, by model and size in pixels."""
         kept: dict[tuple[str, int], set[str]] = {}
-        for folder in self.folder.glob(f"*/{image_sha256}/*px-*"):
+        for folder in self.folder.glob(f"*/{image_sha256}/*px-of-*"):
             model = folder.parent.parent.name.rsplit("-", 1)[0]
-            size_px = int(folder.name.split("px-")[0])
-            kept.setdefault((model, size_px), set()).update(file.stem for file in folder.glob("*.safetensors"))
+            size_px, base_px = folder.name.split("-")[0].removesuffix("px"), folder.name.split("-")[2]
+            if size_px != base_px:
+                continue
+            kept.setdefault((model, int(size_px)), set()).update(file.stem for file in folder.glob("*.safetensors"))
         return kept
 
     def trim(self, max_bytes: int) -> None:
@@ -101,5 +110,10 @@ class GramCache:
                 total -= size
 
     def _folder(self, key: GramKey) -> Path:
-        size = f"{key.size_px}px-{key.pooling}-{key.precision}"
+        size = f"{key.size_px}px-of-{key.base_px}-{key.pooling}-{key.padding}-{key.precision}"
         return self.folder / f"{key.model}-{key.weights_sha256[:16]}" / key.image_sha256 / size
+
+
+def _moments(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file, in which nothing must be missing. Raises KeyError."""
+    return {"mean": tensors["mean"], "gram": tensors["gram"]}

@@ -96,13 +96,18 @@ def fit(picture: Image.Image, longer_edge_px: int, field: str) -> Pixels:
     return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def encode(pixels: Pixels, encoding: Encoding, longer_edge_px: int | None = None) -> EncodedImage:
-    """Return pixels as an image file, scaled down to `longer_edge_px` if they are larger."""
+def preview_size(width: int, height: int, longer_edge_px: int) -> tuple[int, int]:
+    """Return the width and height of a preview, pixels: at most `longer_edge_px` on the longer edge."""
+    scale = min(1.0, longer_edge_px / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def encode(pixels: Pixels, encoding: Encoding, size: tuple[int, int] | None = None) -> EncodedImage:
+    """Return pixels as an image file, scaled to `size` (width, height) if given."""
     picture = Image.fromarray(pixels)
-    if longer_edge_px is not None and longer_edge_px < max(picture.size):
-        scale = longer_edge_px / max(picture.size)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.BOX if scale <= 0.5 else Image.Resampling.BICUBIC)
+    if size is not None and size != picture.size:
+        much_smaller = 2 * size[0] <= picture.width
+        picture = picture.resize(size, Image.Resampling.BOX if much_smaller else Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     match encoding.format:
         case ImageFormat.JPEG:

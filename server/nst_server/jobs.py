@@ -135,8 +135,9 @@ class PreviewSpec:
 class Picture:
     """The newest picture of a job. It is encoded once for each way of encoding, whoever asks."""
 
-    def __init__(self, pictured: Pictured) -> None:
+    def __init__(self, pictured: Pictured, width: int, height: int) -> None:
         self.iteration = pictured.iteration
+        self._size = (width, height)  # of the finished picture: those of coarser scales are shown as large
         self._pixels = pictured.pixels
         self._encoded: dict[tuple[int, Encoding], asyncio.Task[EncodedImage]] = {}
 
@@ -144,7 +145,8 @@ class Picture:
         """Return the picture as a watcher wants it."""
         key = (preview.size_px, preview.encoding)
         if key not in self._encoded:
-            work = asyncio.to_thread(images.encode, self._pixels, preview.encoding, preview.size_px)
+            size = images.preview_size(*self._size, preview.size_px)
+            work = asyncio.to_thread(images.encode, self._pixels, preview.encoding, size)
             self._encoded[key] = asyncio.create_task(work)
         return await asyncio.shield(self._encoded[key])
 
@@ -202,7 +204,8 @@ class Job:
 
     def pictured(self, pictured: Pictured) -> None:
         """Put the newest picture into its slot."""
-        self._picture = Picture(pictured)
+        height, width = self.spec.content.shape[:2]
+        self._picture = Picture(pictured, width, height)
         self._wake()
 
     def succeeded(self, result: Finished) -> None:

@@ -130,6 +130,7 @@ class Progressed:
     iterations: int
     loss: float
     content_loss: float
+    tv_loss: float
     style_losses: Mapping[str, float]
     elapsed_s: float
     iterations_per_second: float

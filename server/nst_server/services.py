@@ -107,7 +107,9 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
 
     async def DescribeOptions(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Describe every option."""
-        return style_transfer_service_pb2.DescribeOptionsResponse(options=convert.describe_options())
+        return style_transfer_service_pb2.DescribeOptionsResponse(
+            options=convert.describe_options(), presets=convert.describe_presets()
+        )
 
     async def _stream(self, job: Job, preview: PreviewSpec, context: Any) -> None:
         try:

@@ -7,7 +7,6 @@ optimization never waits for the front. Pictures have a slot for the newest one 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import os
 import queue
@@ -21,7 +20,9 @@ from multiprocessing.connection import Connection
 import torch
 
 import nst_model
-from nst_model import FeatureModel, Iterate, NstModelError, StopReason, StylizeOptions, WeightedGrams
+from nst_model import FeatureModel, Iterate, NstModelError, StopReason, Style, StylizeOptions
+from nst_model.losses import MOMENTS
+from nst_model.stylization import LayerTargets, TargetsOf, scales
 from nst_model.weights import load_weights
 from nst_server.gram_cache import GramCache, GramKey
 from nst_server.messages import (
@@ -92,7 +93,7 @@ class Worker:
                 case StylizeTask():
                     return self._stylize(task, stop)
                 case PrepareTask():
-                    self._style_grams(task.model, task.styles, task.options, stop)
+                    self._prepare(task, stop)
                     return Done(task.id)
         except NstModelError as error:
             return Failed(
@@ -109,82 +110,94 @@ class Worker:
 
     def _stylize(self, task: StylizeTask, stop: threading.Event) -> Ending:
         model = self.model(task.model)
-        clock = _Clock(task.options.iterations)
+        clock = _Clock()
         self._sender.send(Started(task.id, model.precision(task.options).value))
-        styles = self._style_grams(task.model, task.styles, task.options, stop)
-        if stop.is_set():
-            return Cancelled(task.id)
+        styles = _styles(task.styles)
         content = nst_model.from_pixels(task.content)
+        targets_of = self._targets_of(model, task.styles)
         best: Iterate | None = None
         reason = StopReason.ITERATIONS
-        for iterate in nst_model.stylize(model, content, styles, task.options, stop=stop):
-            if best is None or iterate.loss < best.loss:
+        for iterate in nst_model.stylize(model, content, styles, task.options, targets_of=targets_of, stop=stop):
+            if best is None or best.picture.shape != iterate.picture.shape or iterate.loss < best.loss:
                 best = iterate
             if iterate.stop_reason is StopReason.DIVERGED:  # the best one again, with the news
                 reason = iterate.stop_reason
                 break
             self._report(task, iterate, clock)
             reason = iterate.stop_reason or reason
+        self._grams.trim(self._config.grams_max_bytes)
         if stop.is_set() or best is None:
             return Cancelled(task.id)
         return Done(task.id, nst_model.to_pixels(best.picture), best.index, best.loss, reason.value)
 
     def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock) -> None:
-        elapsed_s, rate, remaining_s = clock.tick(iterate.index)
-        losses = (iterate.loss, iterate.content_loss, iterate.style_losses)
-        self._sender.send(
-            Progressed(task.id, iterate.index, task.options.iterations, *losses, elapsed_s, rate, remaining_s)
-        )
+        elapsed_s, rate, remaining_s = clock.tick(iterate.index, iterate.work)
+        losses = (iterate.loss, iterate.content_loss, iterate.tv_loss, iterate.style_losses)
+        self._sender.send(Progressed(task.id, iterate.index, iterate.iterations, *losses, elapsed_s, rate, remaining_s))
         if task.frame_interval and iterate.index % task.frame_interval == 0:
             self._sender.send_picture(Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture)))
 
-    def _style_grams(
-        self, model_name: str, styles: Sequence[StyleImage], options: StylizeOptions, stop: threading.Event
-    ) -> list[WeightedGrams]:
-        model, found = self.model(model_name), []
-        for image in styles:
-            if stop.is_set():
-                break
-            found.append(WeightedGrams(self._image_grams(model, image, options), image.weight))
+    def _prepare(self, task: PrepareTask, stop: threading.Event) -> None:
+        model = self.model(task.model)
+        targets_of = self._targets_of(model, task.styles)
+        size_px = task.options.size_px
+        for edge in scales(size_px, size_px, task.options.first_size_px):
+            for style in _styles(task.styles):
+                if not stop.is_set():
+                    targets_of(style.scaled(edge / size_px), task.options)
         self._grams.trim(self._config.grams_max_bytes)
-        return found
 
-    def _image_grams(self, model: FeatureModel, image: StyleImage, options: StylizeOptions) -> dict[str, torch.Tensor]:
-        key = GramKey(
-            model.weights.name,
-            model.weights.sha256,
-            image.sha256,
-            image.size_px,
-            options.pooling,
-            model.precision(options),
-        )
-        wanted = [layer for layer, weight in options.style_layers.items() if weight > 0]
-        kept = self._grams.load(key, wanted)
-        missing = {layer: 1.0 for layer in wanted if layer not in kept}
-        if missing:
-            computed = model.grams(
-                nst_model.from_pixels(image.pixels), dataclasses.replace(options, style_layers=missing)
+    def _targets_of(self, model: FeatureModel, images: Sequence[StyleImage]) -> TargetsOf:
+        """Return `model.style_targets`, with what is on disk taken from there and the rest kept there."""
+        base_px = {image.sha256: image.size_px for image in images}
+
+        def targets_of(style: Style, options: StylizeOptions) -> LayerTargets:
+            if options.style_loss not in MOMENTS:
+                return model.style_targets(style, options)
+            key = GramKey(
+                model=model.weights.name,
+                weights_sha256=model.weights.sha256,
+                image_sha256=style.name,
+                size_px=max(style.picture.shape[1:]),
+                base_px=base_px[style.name],
+                pooling=options.pooling,
+                padding=options.padding,
+                precision=model.precision(options),
             )
+            layers = [layer for layer, weight in options.style_layers.items() if weight > 0]
+            kept = self._grams.load(key, layers)
+            if len(kept) == len(layers):
+                return kept
+            computed = model.style_targets(style, options)
             self._grams.save(key, computed)
-            kept |= computed
-        return kept
+            return computed
+
+        return targets_of
+
+
+def _styles(images: Sequence[StyleImage]) -> list[Style]:
+    return [Style(nst_model.from_pixels(image.pixels), image.weight, image.sha256) for image in images]
 
 
 class _Clock:
     """Seconds, rate and estimate of one run."""
 
-    def __init__(self, iterations: int) -> None:
+    def __init__(self) -> None:
         self._start = time.monotonic()
-        self._iterations = iterations
-        self._ticks: collections.deque[tuple[int, float]] = collections.deque(maxlen=RATE_WINDOW + 1)
+        self._ticks: collections.deque[tuple[int, float, float]] = collections.deque(maxlen=RATE_WINDOW + 1)
 
-    def tick(self, iteration: int) -> tuple[float, float, float]:
-        """Return elapsed seconds, iterations per second and remaining seconds; 0 for what is unknown."""
+    def tick(self, iteration: int, work: float) -> tuple[float, float, float]:
+        """Return elapsed seconds, iterations per second and remaining seconds; 0 for what is unknown.
+
+        `work` is the part of the run that is done: iterations at finer scales take longer.
+        """
         now = time.monotonic()
-        self._ticks.append((iteration, now))
-        first, then = self._ticks[0]
-        rate = (iteration - first) / (now - then) if iteration > first and now > then else 0.0
-        return now - self._start, rate, (self._iterations - iteration) / rate if rate else 0.0
+        self._ticks.append((iteration, work, now))
+        first, then_done, then = self._ticks[0]
+        if iteration == first or now <= then:
+            return now - self._start, 0.0, 0.0
+        passed = now - then
+        return now - self._start, (iteration - first) / passed, (1 - work) * passed / (work - then_done)
 
 
 class _Reader(threading.Thread):

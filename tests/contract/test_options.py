@@ -13,7 +13,7 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FieldDescriptor
 
 from nst.v1 import options_pb2
-from nst_model.options import StylizeOptions, bounds_of, default_of
+from nst_model.options import Preset, StylizeOptions, bounds_of, default_of
 from nst_server import convert
 
 FIELDS = {field.name: field for field in options_pb2.StylizeOptions.DESCRIPTOR.fields}
@@ -89,12 +89,33 @@ def test_every_option_survives_the_round_trip() -> None:
         style_scale=0.5,
         init="noise",
         seed=2**32 - 1,
-        pooling="max",
+        pooling="average",
         precision="bf16",
         history=7,
+        preset="gatys",
+        style_loss="covariance",
+        content_loss="cosine",
+        first_size_px=64,
+        tv_weight=0.5,
+        padding="zeros",
     )
     assert all(getattr(changed, name) != default_of(option) for name, option in OPTIONS.items())
     assert convert.options_from_proto(convert.options_to_proto(changed)) == changed
+
+
+def test_a_preset_changes_what_is_left_out() -> None:
+    """Given fields override the preset's; the job's options say every value."""
+    message = options_pb2.StylizeOptions(preset=options_pb2.PRESET_GATYS, iterations=3)
+    assert convert.options_from_proto(message) == StylizeOptions.of("gatys", iterations=3)
+
+
+def test_presets_are_described() -> None:
+    """DescribeOptions shows every preset with the options that it stands for."""
+    described = {preset.name: preset for preset in convert.describe_presets()}
+    assert set(described) == set(Preset)
+    for name, preset in described.items():
+        assert preset.description
+        assert convert.options_from_proto(preset.options) == StylizeOptions.of(name)
 
 
 def test_description_is_the_dataclass() -> None:

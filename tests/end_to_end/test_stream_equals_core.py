@@ -11,7 +11,7 @@ from PIL import Image
 
 import nst_model
 from nst_client import Client, Encoding, Frame, Preview, Progress, Result
-from nst_model import FeatureModel, StylizeOptions, WeightedGrams
+from nst_model import FeatureModel, Style, StylizeOptions
 from nst_model.weights import load_weights
 from tests.end_to_end.conftest import Running
 
@@ -33,7 +33,7 @@ def test_streamed_run_is_the_cores_run(
     content, style = (
         nst_model.from_pixels(np.asarray(_scaled(Image.open(io.BytesIO(data)), SIZE_PX))) for data in (photo, painting)
     )
-    expected = list(nst_model.stylize(model, content, [WeightedGrams(model.grams(style, options))], options))
+    expected = list(nst_model.stylize(model, content, [Style(style)], options))
 
     with Client(running_server.address) as client:
         preview = Preview(interval=1, size_px=4096, encoding=Encoding(format="png"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nst_model import Init, InvalidOption, Pooling, Precision, StylizeOptions
-from nst_model.options import bounds_of, default_of, relative
+from nst_model.options import PRESETS, bounds_of, default_of, relative
 
 NUMBERS = [option for option in dataclasses.fields(StylizeOptions) if isinstance(default_of(option), int | float)]
 
@@ -58,8 +58,8 @@ def test_refusal_names_option_bound_and_value(options: dict[str, Any], message: 
 
 def test_choices_are_taken_by_name() -> None:
     """A string becomes its enum."""
-    options = StylizeOptions(init="noise", pooling="max", precision="bf16")
-    assert (options.init, options.pooling, options.precision) == (Init.NOISE, Pooling.MAX, Precision.BF16)
+    options = StylizeOptions(init="noise", pooling="average", precision="bf16")
+    assert (options.init, options.pooling, options.precision) == (Init.NOISE, Pooling.AVERAGE, Precision.BF16)
 
 
 def test_options_cannot_be_changed() -> None:
@@ -83,3 +83,31 @@ def test_options_cross_a_process_border() -> None:
 def test_layer_weights_are_relative() -> None:
     """Divided by their sum; a weight of 0 leaves the layer out."""
     assert relative({"a": 3, "b": 1, "c": 0}) == {"a": 0.75, "b": 0.25}
+
+
+def test_presets_are_pinned() -> None:
+    """What each preset changes in the defaults is a promise."""
+    assert {preset: dict(found.values) for preset, found in PRESETS.items()} == {
+        "fine": {},
+        "gatys": {
+            "iterations": 200,
+            "content_weight": 1.0,
+            "style_weight": 30.0,
+            "style_layers": {"relu1_1": 64.0, "relu2_1": 16.0, "relu3_1": 4.0, "relu4_1": 1.0, "relu5_1": 1.0},
+            "pooling": "average",
+            "history": 100,
+            "style_loss": "gram",
+            "first_size_px": 4096,
+            "tv_weight": 0.0,
+            "padding": "zeros",
+        },
+        "preview": {"size_px": 256, "iterations": 10},
+    }
+
+
+def test_an_option_overrides_its_preset() -> None:
+    """A preset is a starting point."""
+    options = StylizeOptions.of("gatys", iterations=3, style_loss="covariance")
+    assert (options.preset, options.iterations, options.style_loss, options.tv_weight) == ("gatys", 3, "covariance", 0)
+    with pytest.raises(InvalidOption, match="preset must be one of fine, gatys, preview, not 'best'"):
+        StylizeOptions.of("best")

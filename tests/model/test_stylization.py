@@ -18,19 +18,18 @@ from nst_model import (
     InvalidOption,
     Iterate,
     StopReason,
+    Style,
     StylizeOptions,
-    WeightedGrams,
 )
-from nst_model.stylization import OVERSHOOT, minimize, mixed
+from nst_model.stylization import OVERSHOOT, minimize, mixed, scales
 
 Picture = Callable[[int, int, int], torch.Tensor]
 
 
 def run(model: FeatureModel, picture: Picture, **options: Any) -> Iterator[Iterate]:
     """Yield the iterates of a small stylization."""
-    chosen = StylizeOptions(**options)
-    styles = [WeightedGrams(model.grams(picture(32, 40, 2), chosen))]
-    return nst_model.stylize(model, picture(36, 28, 1), styles, chosen)
+    chosen = StylizeOptions.of("gatys", **options)
+    return nst_model.stylize(model, picture(36, 28, 1), [Style(picture(32, 40, 2))], chosen)
 
 
 class Counting:
@@ -53,8 +52,8 @@ class Counting:
 @pytest.fixture
 def problem(tiny_model: FeatureModel, picture: Picture) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
     """A scripted objective, its content targets and a start."""
-    options = StylizeOptions()
-    objective = tiny_model.objective([WeightedGrams(tiny_model.grams(picture(32, 40, 2), options))], options)
+    options = StylizeOptions.of("gatys")
+    objective = tiny_model.objective(tiny_model.style_targets(Style(picture(32, 40, 2)), options), options)
     content = picture(36, 28, 1)[None]
     return objective, objective.content_targets(content), content
 
@@ -62,17 +61,17 @@ def problem(tiny_model: FeatureModel, picture: Picture) -> tuple[Any, dict[str, 
 def test_one_evaluation_an_iteration(problem: tuple[Any, dict[str, torch.Tensor], torch.Tensor]) -> None:
     """The start costs one evaluation, and each of the iterations one more."""
     counting = Counting(problem[0])
-    iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions(iterations=7)))
+    iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions.of("gatys", iterations=7)))
     assert [iterate.index for iterate in iterates] == list(range(8))
     assert counting.evaluations == 8
 
 
 def test_iterates_carry_the_objective_at_their_own_picture(tiny_model: FeatureModel, picture: Picture) -> None:
     """Evaluating the objective at an iterate's picture gives that iterate's losses."""
-    options = StylizeOptions(iterations=3)
-    styles = [WeightedGrams(tiny_model.grams(picture(32, 40, 2), options))]
+    options = StylizeOptions.of("gatys", iterations=3)
+    styles = [Style(picture(32, 40, 2))]
     content = picture(36, 28, 1)
-    objective = tiny_model.objective(styles, options)
+    objective = tiny_model.objective(tiny_model.style_targets(styles[0], options), options)
     targets = objective.content_targets(content[None])
     for iterate in nst_model.stylize(tiny_model, content, styles, options):
         losses = objective(iterate.picture[None], targets)
@@ -107,8 +106,8 @@ def test_noise_depends_on_the_seed_only(tiny_model: FeatureModel, picture: Pictu
 
 def test_stop_event_ends_the_run_before_the_next_evaluation(tiny_model: FeatureModel, picture: Picture) -> None:
     """Set after iterate 3, it lets no iterate 4 come."""
-    options = StylizeOptions(iterations=100)
-    styles = [WeightedGrams(tiny_model.grams(picture(32, 40, 2), options))]
+    options = StylizeOptions.of("gatys", iterations=100)
+    styles = [Style(picture(32, 40, 2))]
     stop = threading.Event()
     seen = []
     for iterate in nst_model.stylize(tiny_model, picture(36, 28, 1), styles, options, stop=stop):
@@ -121,7 +120,7 @@ def test_stop_event_ends_the_run_before_the_next_evaluation(tiny_model: FeatureM
 def test_nan_restarts_from_the_best_picture(problem: tuple[Any, dict[str, torch.Tensor], torch.Tensor]) -> None:
     """One spoiled evaluation costs one iteration; nothing spoiled is ever shown, and the loss goes on falling."""
     counting = Counting(problem[0], lambda evaluation: evaluation == 5)
-    iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions(iterations=20)))
+    iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions.of("gatys", iterations=20)))
     assert [iterate.index for iterate in iterates] == [index for index in range(21) if index != 4]
     assert all(math.isfinite(iterate.loss) for iterate in iterates)
     assert iterates[-1].stop_reason is StopReason.ITERATIONS
@@ -131,7 +130,7 @@ def test_nan_restarts_from_the_best_picture(problem: tuple[Any, dict[str, torch.
 def test_lasting_nan_ends_with_the_best_picture(problem: tuple[Any, dict[str, torch.Tensor], torch.Tensor]) -> None:
     """When restarting does not help, the last word is the best picture, with the reason."""
     counting = Counting(problem[0], lambda evaluation: evaluation > 4)
-    iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions(iterations=50)))
+    iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions.of("gatys", iterations=50)))
     best = min(iterates[:-1], key=lambda iterate: iterate.loss)
     assert iterates[-1].stop_reason is StopReason.DIVERGED
     assert torch.equal(iterates[-1].picture, best.picture)
@@ -145,12 +144,54 @@ def test_vanished_gradient_is_convergence(tiny_model: FeatureModel, picture: Pic
 
 
 def test_styles_mix_by_weight(tiny_model: FeatureModel, picture: Picture) -> None:
-    """The mixture's Gram matrices are the weighted means; scale of the weights does not matter."""
+    """The mixture's moments are the weighted means; the scale of the weights does not matter."""
     options = StylizeOptions()
-    one, other = (tiny_model.grams(picture(32, 32, seed), options) for seed in (1, 2))
-    found = mixed([WeightedGrams(one, 3), WeightedGrams(other, 1)], options.style_layers)
+    one, other = (tiny_model.style_targets(Style(picture(32, 32, seed)), options) for seed in (1, 2))
+    found = mixed([(3, one), (1, other)])
     for layer in options.style_layers:
-        torch.testing.assert_close(found[layer], 0.75 * one[layer] + 0.25 * other[layer])
+        for name in ("mean", "gram"):
+            torch.testing.assert_close(found[layer][name], 0.75 * one[layer][name] + 0.25 * other[layer][name])
+
+
+def test_scales_grow_by_the_root_of_two() -> None:
+    """From the first size to the picture's own, never below the first nor too thin."""
+    assert scales(512, 384, 128) == [128, 181, 256, 362, 512]
+    assert scales(500, 375, 128) == [177, 250, 354, 500]
+    assert scales(512, 384, 512) == scales(512, 384, 4096) == [512]
+    assert scales(512, 40, 128) == [256, 362, 512]
+    assert scales(100, 100, 128) == [100]
+
+
+def test_coarse_to_fine_counts_through(tiny_model: FeatureModel, picture: Picture) -> None:
+    """Three scales of four iterations: indices without gaps, pictures that grow, work that ends at 1."""
+    asked = []
+
+    def targets_of(style: Style, options: StylizeOptions) -> Any:
+        asked.append(tuple(style.picture.shape[1:]))
+        return tiny_model.style_targets(style, options)
+
+    options = StylizeOptions(iterations=4, first_size_px=40)
+    iterates = list(
+        nst_model.stylize(tiny_model, picture(80, 60, 1), [Style(picture(64, 80, 2))], options, targets_of=targets_of)
+    )
+    assert [iterate.index for iterate in iterates] == list(range(13))
+    assert {iterate.iterations for iterate in iterates} == {12}
+    sizes = [tuple(iterate.picture.shape[1:]) for iterate in iterates]
+    assert sizes == [(40, 30)] * 4 + [(57, 43)] * 4 + [(80, 60)] * 5
+    assert asked == [(32, 40), (46, 57), (64, 80)]
+    work = [iterate.work for iterate in iterates]
+    assert work == sorted(work)
+    assert work[-1] == 1.0
+    assert iterates[-1].stop_reason is StopReason.ITERATIONS
+
+
+def test_coarse_scale_carries_over(tiny_model: FeatureModel, picture: Picture) -> None:
+    """The finest scale begins at a lower loss than it would from the photograph."""
+    styles, content = [Style(picture(80, 80, 2) ** 3)], picture(80, 80, 1)
+    pyramid = list(nst_model.stylize(tiny_model, content, styles, StylizeOptions(iterations=15, first_size_px=40)))
+    plain = next(nst_model.stylize(tiny_model, content, styles, StylizeOptions(first_size_px=80)))
+    first_fine = next(iterate for iterate in pyramid if iterate.picture.shape == content.shape)
+    assert first_fine.loss < 0.7 * plain.loss
 
 
 @pytest.mark.parametrize(
@@ -162,7 +203,7 @@ def test_impossible_pictures_are_refused(
 ) -> None:
     """Too small a picture or a wrong shape is InvalidImage and says what is needed."""
     options = StylizeOptions()
-    styles = [WeightedGrams(tiny_model.grams(picture(32, 32, 1), options))]
+    styles = [Style(picture(32, 32, 1))]
     with pytest.raises(InvalidImage, match=message):
         next(nst_model.stylize(tiny_model, torch.zeros(shape), styles, options))
 
@@ -170,7 +211,7 @@ def test_impossible_pictures_are_refused(
 def test_nan_in_the_content_is_refused(tiny_model: FeatureModel, picture: Picture) -> None:
     """No iterate is ever NaN, not even the first."""
     options = StylizeOptions()
-    styles = [WeightedGrams(tiny_model.grams(picture(32, 32, 1), options))]
+    styles = [Style(picture(32, 32, 1))]
     with pytest.raises(InvalidImage, match="no finite loss"):
         next(nst_model.stylize(tiny_model, torch.full((3, 32, 32), math.nan), styles, options))
 

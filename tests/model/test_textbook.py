@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from nst_model import FeatureModel, Pooling, Precision, StylizeOptions, WeightedGrams, gram, script
+from nst_model import FeatureModel, Padding, Pooling, Precision, Style, StylizeOptions, gram, script
 from nst_model.architecture import VGG16, VGG19, Architecture
 from nst_model.network import build_trunk
 from nst_model.objective import Objective
+from nst_model.options import ContentLoss, StyleLoss
 from nst_model.weights import FeatureWeights, load_weights
 from tests.conftest import random_state
 from tests.model.textbook import Textbook
@@ -47,6 +48,17 @@ def test_every_layers_features_and_grams_agree(
         assert relative_error(gram(found[layer]), tiny_textbook.gram(expected[layer])) < TOLERANCE, layer
 
 
+def test_replicated_edge_is_the_textbooks_on_a_larger_picture(
+    tiny_weights: FeatureWeights, tiny_textbook: Textbook, picture: Picture
+) -> None:
+    """Replicate padding gives the first layer what zero padding gives inside a picture whose edges were repeated."""
+    image = picture(21, 30, 3)[None]
+    found = build_trunk(tiny_weights, ["relu1_1"], padding=Padding.REPLICATE)(image)["relu1_1"]
+    larger = torch.nn.functional.pad(image, [2, 2, 2, 2], mode="replicate")
+    expected = tiny_textbook.features(larger)["relu1_1"][:, :, 2:-2, 2:-2]
+    assert relative_error(found, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("architecture", [VGG16, VGG19], ids=lambda a: a.name)
 def test_full_width_networks_agree(architecture: Architecture, picture: Picture, tmp_path: Path) -> None:
     """VGG-16 and VGG-19 at their published widths, by torchvision's key names, from a file."""
@@ -68,13 +80,14 @@ def test_losses_and_gradient_agree(
     tiny_model: FeatureModel, tiny_textbook: Textbook, picture: Picture, height: int, width: int, pooling: Pooling
 ) -> None:
     """Total, content and every style loss of the scripted module, and the gradient to the image."""
-    options = StylizeOptions(
+    options = StylizeOptions.of(
+        "gatys",
         style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5},
         content_layers={"relu2_2": 1, "relu4_2": 3},
         pooling=pooling,
     )
     image, content, style = (picture(height, width, seed)[None] for seed in (5, 6, 7))
-    objective = tiny_model.objective([WeightedGrams(tiny_model.grams(style[0], options))], options)
+    objective = tiny_model.objective(tiny_model.style_targets(Style(style[0]), options), options)
 
     losses, gradient = objective.loss_and_gradient(image, objective.content_targets(content))
 
@@ -116,19 +129,23 @@ def test_finite_differences_confirm_the_textbooks_gradient(tiny_textbook: Textbo
         assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
-def test_scripted_module_is_the_eager_one_bit_for_bit(tiny_weights: FeatureWeights, picture: Picture) -> None:
-    """TorchScript changes nothing: losses and gradient are identical."""
-    style_layers = {"relu1_1": 0.5, "relu3_1": 0.5}
-    trunk = build_trunk(tiny_weights, [*style_layers, "relu4_2"])
-    targets = {layer: gram(features).detach() for layer, features in trunk(picture(40, 40, 1)[None]).items()}
-    eager = Objective(
-        trunk, targets, style_layers=style_layers, content_layers={"relu4_2": 1.0}, style_weight=2.0, content_weight=1.0
+@pytest.mark.parametrize("style_loss", list(StyleLoss))
+@pytest.mark.parametrize("content_loss", list(ContentLoss))
+def test_scripted_module_is_the_eager_one_bit_for_bit(
+    tiny_weights: FeatureWeights, picture: Picture, style_loss: StyleLoss, content_loss: ContentLoss
+) -> None:
+    """TorchScript changes nothing, for every combination of losses: losses and gradient are identical."""
+    options = StylizeOptions(
+        style_loss=style_loss, content_loss=content_loss, style_layers={"relu1_1": 1, "relu3_1": 1}
     )
+    model = FeatureModel(tiny_weights, "cpu")
+    eager = Objective(model.trunk(options), model.style_targets(Style(picture(40, 44, 1)), options), options)
     image, content = picture(41, 35, 2)[None], picture(41, 35, 3)[None]
 
     losses, gradient = eager.loss_and_gradient(image, eager.content_targets(content))
     scripted = script(eager)
-    scripted_losses, scripted_gradient = scripted.loss_and_gradient(image, scripted.content_targets(content))
+    with torch.jit.optimized_execution(False):  # as the optimizer runs it
+        scripted_losses, scripted_gradient = scripted.loss_and_gradient(image, scripted.content_targets(content))
 
     assert all(torch.equal(one, other) for one, other in zip(losses, scripted_losses, strict=True))
     assert torch.equal(gradient, scripted_gradient)
@@ -139,10 +156,10 @@ def test_bf16_stays_close_to_fp32(tiny_model: FeatureModel, picture: Picture) ->
     content, style = picture(48, 48, 1), picture(48, 48, 2)
     found = {}
     for precision in (Precision.FP32, Precision.BF16):
-        options = StylizeOptions(precision=precision)
-        grams = tiny_model.grams(style, options)
-        assert all(matrix.dtype == torch.float32 for matrix in grams.values())
-        objective = tiny_model.objective([WeightedGrams(grams)], options)
+        options = StylizeOptions.of("gatys", precision=precision)
+        targets = tiny_model.style_targets(Style(style), options)
+        assert all(matrix.dtype == torch.float32 for at_layer in targets.values() for matrix in at_layer.values())
+        objective = tiny_model.objective(targets, options)
         losses, gradient = objective.loss_and_gradient(content[None], objective.content_targets(content[None]))
         assert losses.total.dtype == gradient.dtype == torch.float32
         found[precision] = float(losses.total)

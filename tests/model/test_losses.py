@@ -1,0 +1,204 @@
+"""Each loss against a case computed by hand, a float64 reference, and finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+
+from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, covariance, gram, mixed_targets, square_roots, style_targets
+from nst_model.objective import total_variation
+from nst_model.options import ContentLoss, StyleLoss
+
+DISTRIBUTIONS = [loss for loss in StyleLoss if loss not in (StyleLoss.DIRECT, StyleLoss.CROSS)]
+"""Losses that see which features there are, and not where."""
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return positive random numbers of mean 1."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+
+
+def style_loss(loss: StyleLoss, style: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Return a style loss of features against a style's features."""
+    value: torch.Tensor = STYLE_LOSSES[loss](as_double(style_targets(style, loss)))(features)
+    return value
+
+
+def as_double(targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return targets in float64, the fixed directions too."""
+    return {name: tensor.double() for name, tensor in targets.items()}
+
+
+def test_gram_by_hand() -> None:
+    """Two channels, two positions: (1, 3) and (2, 0)."""
+    features = torch.tensor([[[[1.0, 3.0]], [[2.0, 0.0]]]])
+    assert gram(features).tolist() == [[5.0, 1.0], [1.0, 2.0]]
+    assert covariance(features).tolist() == [[1.0, -1.0], [-1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # One channel: the style has values 1 and 3 (mean 2, second moment 5, variance 1), the picture 2 and 6.
+        (StyleLoss.GRAM, (20 - 5) ** 2),
+        (StyleLoss.COVARIANCE, (4 - 1) ** 2),
+        (StyleLoss.MEAN_STD, (4 - 2) ** 2 + (2 - 1) ** 2),
+        (StyleLoss.WASSERSTEIN, (4 - 2) ** 2 + (2 - 1) ** 2),
+        (StyleLoss.DIRECT, ((2 - 1) ** 2 + (6 - 3) ** 2) / 2),
+        (StyleLoss.CROSS, ((2 * 1 + 6 * 3) / 2 - 5) ** 2),
+    ],
+)
+def test_style_losses_by_hand(loss: StyleLoss, expected: float) -> None:
+    """Small enough to compute in the head."""
+    style, features = (torch.tensor([[[values]]], dtype=torch.float64) for values in ([1.0, 3.0], [2.0, 6.0]))
+    assert float(style_loss(loss, style, features)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_sliced_loss_by_hand() -> None:
+    """Along one direction, sorted values: the quantile functions run from 1 to 3 and from 2 to 6."""
+    style, features = (torch.tensor([[[values]]], dtype=torch.float64) for values in ([3.0, 1.0], [2.0, 6.0]))
+    steps = torch.linspace(0, 1, 512, dtype=torch.float64)
+    expected = (((2 + 4 * steps) - (1 + 2 * steps)) ** 2).mean()
+    assert float(style_loss(StyleLoss.SLICED, style, features)) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("height", [1, 15])
+def test_wasserstein_agrees_with_the_closed_form(height: int) -> None:
+    """Against the formula with scipy's matrix square root, float64; with few positions and with many."""
+    style, features = random(1, 6, 20, 20, seed=1), random(1, 6, height, 4, seed=2)
+    k, wanted = covariance(features).numpy(), covariance(style).numpy()
+    root = scipy.linalg.sqrtm(wanted).real
+    cross = scipy.linalg.sqrtm(root @ k @ root).real
+    means = features.mean(dim=(0, 2, 3)) - style.mean(dim=(0, 2, 3))
+    expected = float(means.square().sum()) + (k + wanted - 2 * cross).trace()
+    assert float(style_loss(StyleLoss.WASSERSTEIN, style, features)) == pytest.approx(expected / 6, rel=1e-5)
+
+
+def test_matrix_roots() -> None:
+    """Root times root is the matrix; root times inverse is the identity."""
+    a = random(8, 8, seed=3)
+    matrix = a @ a.t() + torch.eye(8, dtype=torch.float64)
+    root, inverse = square_roots(matrix, 25)
+    torch.testing.assert_close(root @ root, matrix)
+    torch.testing.assert_close(root @ inverse, torch.eye(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss", list(StyleLoss))
+def test_style_losses_vanish_at_the_style(loss: StyleLoss) -> None:
+    """Nothing is closer to the style than the style."""
+    style = random(1, 5, 12, 12)
+    assert float(style_loss(loss, style, style)) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", DISTRIBUTIONS)
+def test_where_features_stand_does_not_matter(loss: StyleLoss) -> None:
+    """Shifting circularly, flipping and shuffling the positions changes nothing."""
+    style, features = random(1, 5, 12, 12, seed=1), random(1, 5, 12, 12, seed=2)
+    expected = float(style_loss(loss, style, features))
+    shuffle = torch.randperm(144, generator=torch.Generator().manual_seed(4))
+    moved = [
+        features.roll((3, 5), dims=(2, 3)),
+        features.flip(3),
+        features.flatten(2)[:, :, shuffle].view(1, 5, 12, 12),
+    ]
+    assert [float(style_loss(loss, style, other)) for other in moved] == pytest.approx([expected] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [StyleLoss.DIRECT, StyleLoss.CROSS])
+def test_where_features_stand_matters_to_the_direct_ones(loss: StyleLoss) -> None:
+    """The style itself, shifted, is no longer the style."""
+    style = random(1, 5, 12, 12)
+    assert float(style_loss(loss, style, style.roll(3, dims=2))) > 0.01
+
+
+@pytest.mark.parametrize("loss", list(ContentLoss))
+def test_content_losses_vanish_at_the_content(loss: ContentLoss) -> None:
+    """And are positive elsewhere."""
+    content = random(1, 5, 9, 9)
+    assert float(CONTENT_LOSSES[loss]()(content, content)) == pytest.approx(0, abs=1e-9)
+    assert float(CONTENT_LOSSES[loss]()(random(1, 5, 9, 9, seed=1), content)) > 1e-3
+
+
+def test_content_losses_by_hand() -> None:
+    """Two positions, two channels: (1, 0) and (0, 1) against (1, 0) and (1, 0)."""
+    content = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    features = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
+    found = {loss: float(CONTENT_LOSSES[loss]()(features, content)) for loss in ContentLoss}
+    assert found == pytest.approx(
+        {
+            ContentLoss.SQUARED_ERROR: 2 / 4,
+            ContentLoss.INNER_PRODUCT: 1 - 1 / (math.sqrt(2) * math.sqrt(2)),
+            ContentLoss.COSINE: 1 - (1 + 0) / 2,
+            # Distances: content 0 1 / 1 0, features all 0; each column sums to 1 and to 0.
+            ContentLoss.SELF_SIMILARITY: 1.0,
+        },
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("loss", [ContentLoss.INNER_PRODUCT, ContentLoss.COSINE, ContentLoss.SELF_SIMILARITY])
+def test_contrast_is_invisible_to_directions(loss: ContentLoss) -> None:
+    """Scaling all features leaves the loss alone; the squared error sees it."""
+    features, content = random(1, 5, 9, 9, seed=1), random(1, 5, 9, 9, seed=2)
+    module = CONTENT_LOSSES[loss]()
+    assert float(module(7 * features, content)) == pytest.approx(float(module(features, content)), rel=1e-6)
+    squared = CONTENT_LOSSES[ContentLoss.SQUARED_ERROR]()
+    assert float(squared(7 * features, content)) > 2 * float(squared(features, content))
+
+
+def test_scaling_each_position_is_invisible_to_the_cosine_only() -> None:
+    """Light and shade: the inner product of whole maps sees them."""
+    features, content = random(1, 5, 9, 9, seed=1), random(1, 5, 9, 9, seed=2)
+    shaded = features * random(1, 1, 9, 9, seed=3)
+    cosine, inner = CONTENT_LOSSES[ContentLoss.COSINE](), CONTENT_LOSSES[ContentLoss.INNER_PRODUCT]()
+    assert float(cosine(shaded, content)) == pytest.approx(float(cosine(features, content)), rel=1e-6)
+    assert float(inner(shaded, content)) != pytest.approx(float(inner(features, content)), rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", list(StyleLoss))
+def test_style_gradients_by_finite_differences(loss: StyleLoss) -> None:
+    """Central differences along random directions, float64."""
+    style, features = random(1, 4, 8, 9, seed=1), random(1, 4, 8, 9, seed=2).requires_grad_(True)
+    module = STYLE_LOSSES[loss](as_double(style_targets(style, loss)))
+    _check_gradient(module, features)
+
+
+@pytest.mark.parametrize("loss", list(ContentLoss))
+def test_content_gradients_by_finite_differences(loss: ContentLoss) -> None:
+    """Central differences along random directions, float64."""
+    content, features = random(1, 4, 8, 9, seed=1), random(1, 4, 8, 9, seed=2).requires_grad_(True)
+    _check_gradient(lambda x: CONTENT_LOSSES[loss]()(x, content), features)
+
+
+def test_total_variation_by_hand() -> None:
+    """One bright pixel in 3×3: four neighbours across an edge, four across a corner at half weight."""
+    image = torch.zeros(1, 1, 3, 3)
+    image[0, 0, 1, 1] = 1
+    # Padded to 5×5 there are 12 vertical and 12 horizontal pairs, 16 of each diagonal; two of each touch the pixel.
+    assert float(total_variation(image)) == pytest.approx((2 / 12 + 2 / 12 + 0.5 * (2 / 16 + 2 / 16)) / 3)
+    assert float(total_variation(torch.full((1, 3, 8, 8), 0.7))) == 0
+
+
+def test_quantiles_of_styles_mix_to_their_barycentre() -> None:
+    """Half-way between two distributions on a line lies the one whose quantiles are half-way."""
+    low, high = (
+        as_double(style_targets(random(1, 3, 10, 10, seed=seed) + shift, StyleLoss.SLICED))
+        for seed, shift in ((1, 0), (2, 5))
+    )
+    mixed = mixed_targets([(0.5, low), (0.5, high)])
+    torch.testing.assert_close(mixed["quantiles"], (low["quantiles"] + high["quantiles"]) / 2)
+    torch.testing.assert_close(mixed["directions"], low["directions"])
+
+
+def _check_gradient(function: object, x: torch.Tensor) -> None:
+    gradient = torch.autograd.grad(function(x), x)[0]  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(4):
+        direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        with torch.no_grad():
+            slope = (function(x + step * direction) - function(x - step * direction)) / (2 * step)  # type: ignore[operator]
+        assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=1e-8)
