@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
 
+from nst_model.errors import WeightsCorrupt
 from nst_model.options import Pooling
 from nst_model.weights import FeatureWeights
 
@@ -34,6 +36,11 @@ def calibrate(weights: FeatureWeights) -> FeatureWeights:
         pooling: mean_activations(build_trunk(raw, weights.architecture.layers, pooling=pooling), images)
         for pooling in Pooling
     }
+    dead = [layer for means in measured.values() for layer, mean in means.items() if not 0 < mean < math.inf]
+    if dead:
+        raise WeightsCorrupt(
+            f"the weights of {weights.name} never excite {dead[0]}: they are not those of a trained network"
+        )
     return dataclasses.replace(weights, mean_activation=measured)
 
 

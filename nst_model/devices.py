@@ -30,6 +30,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         if (device.index or 0) >= count:
             raise DeviceUnavailable(f"{name} is not here: PyTorch sees {count} CUDA devices on this machine")
         return torch.device("cuda", device.index or 0)
+    if device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index is not None):
+        raise DeviceUnavailable(f"{name!r} cannot be used; use auto, cpu, mps, cuda or cuda:N")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceUnavailable("mps is not here: PyTorch sees no Apple GPU on this machine")
     return device

@@ -32,7 +32,7 @@ NOISE_MEAN, NOISE_SPREAD = 0.5, 0.1
 OVERSHOOT = 2.0
 """A step that multiplies the loss by more than this is backed up from."""
 MAX_RESTARTS = 5
-"""Restarts in a row after which a loss that stays infinite or NaN ends the run."""
+"""Restarts without a better picture after which a loss that is infinite or NaN again ends the run."""
 
 
 class StopReason(StrEnum):
@@ -106,6 +106,8 @@ class FeatureModel:
     def __init__(self, weights: FeatureWeights, device: str | torch.device = "auto") -> None:
         self.weights = weights
         self.device = resolve_device(str(device))
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # else convolutions in FP32 keep 10 bits of their 23
         self._trunks: dict[Any, Trunk] = {}
 
     def precision(self, options: StylizeOptions) -> Precision:
@@ -290,9 +292,8 @@ class _Run:
                 optimizer.restart(best.picture[None])
                 loss_before = math.inf
                 continue
-            failures = 0
             if best is None or iterate.loss < best.loss:
-                best = iterate
+                best, failures = iterate, 0
             converged = products[-1] == 0  # the squared norm of the gradient
             if final and (converged or iterate.index == end):
                 reason = StopReason.CONVERGED if converged else StopReason.ITERATIONS
@@ -309,7 +310,8 @@ class _Run:
         if best is None:
             raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
         if final:
-            yield dataclasses.replace(best, stop_reason=StopReason.DIVERGED)
+            reason = StopReason.DIVERGED if failures > MAX_RESTARTS else StopReason.ITERATIONS
+            yield dataclasses.replace(best, work=1.0, stop_reason=reason)
             return None
         ended_early = self._index < end
         self._index = end

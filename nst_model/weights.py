@@ -147,7 +147,13 @@ def _from_hub(card: ModelCard, source: TorchvisionHub) -> _Raw:
         raise _unavailable(card, f"{weights.url} cannot be reached ({error})") from error
     except RuntimeError as error:
         raise WeightsCorrupt(f"{weights.url}: {error}") from error
-    return _read_state(card, file)
+    convolutions, mean, sha256 = _read_state(card, file)
+    # What was in torch's own cache before was not checked.
+    if not sha256.startswith(file.stem.rpartition("-")[2]):
+        raise WeightsCorrupt(
+            f"{file} has SHA-256 {sha256}, which is not the one in its name; delete it and fetch {card.name} again"
+        )
+    return convolutions, mean, sha256
 
 
 def _unavailable(card: ModelCard, why: str) -> WeightsUnavailable:
@@ -171,7 +177,11 @@ def _read_state(card: ModelCard, file: Path) -> _Raw:
         keys = [f"features.{convolution.index}.{part}" for part in ("weight", "bias")]
         if missing := [key for key in keys if key not in state]:
             raise WeightsCorrupt(f"{file} lacks {missing[0]}; {card.name} needs torchvision's key names")
+        if not all(isinstance(state[key], Tensor) for key in keys):
+            raise WeightsCorrupt(f"{file}: {keys[0]} or {keys[1]} is no tensor")
         weight, bias = (state[key].float() for key in keys)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise WeightsCorrupt(f"{file}: {keys[0]} or {keys[1]} is not finite")
         if weight.shape != (len(bias), channels, 3, 3):
             raise WeightsCorrupt(
                 f"{file}: {keys[0]} has shape {tuple(weight.shape)}, not {(len(bias), channels, 3, 3)}"
@@ -216,6 +226,9 @@ def _write_cached(weights: FeatureWeights, source: str) -> Path:
     partial = target.with_suffix(f".{os.getpid()}.partial")
     partial.write_bytes(data)
     partial.replace(target)
+    for older in target.parent.glob(f"{weights.name}.v{FORMAT}.{source}.*.safetensors"):
+        if older != target:
+            older.unlink(missing_ok=True)
     return target
 
 

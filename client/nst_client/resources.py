@@ -207,7 +207,7 @@ class Model:
     license: str
     """Licence of the weights."""
     sha256: str
-    """SHA-256 of the calibrated weights; empty if they are not on the server."""
+    """SHA-256 of the file that the weights were published in; empty if they are not on the server."""
 
 
 @dataclass(frozen=True, kw_only=True)

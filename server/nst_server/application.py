@@ -8,7 +8,9 @@ import binascii
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,10 @@ from nst_server.settings import Settings
 from nst_server.styles import StoredImage, Style, StyleStore
 
 MAX_STYLES = 16
+MAX_STYLE_IMAGES = 32
 MAX_STYLE_SIZE_PX = 4096
 MAX_DISPLAY_NAME = 200
+PAGE_TOKEN = "after:"
 
 T = TypeVar("T")
 
@@ -64,6 +68,8 @@ class Application:
         self._styles = StyleStore(settings.data_dir / "styles")
         self._grams = GramCache(settings.data_dir / "grams")
         self._styles.clean()
+        # A pool of its own: a flood of large pictures must not hold up frames, results and the workers' pipes.
+        self._decoding = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def place(self) -> AbstractContextManager[None]:
         """Hold a place in the queue for a request, within the block; to be entered before its images are received.
@@ -74,7 +80,7 @@ class Application:
 
     async def stylize(self, request: JobRequest) -> Job:
         """Check a request for which a place is held, and queue its job. Raises RequestError, having started nothing."""
-        job = Job(await asyncio.to_thread(self._checked, request))
+        job = Job(await self._decode(self._checked, request))
         self._scheduler.submit(job)
         return job
 
@@ -84,10 +90,9 @@ class Application:
 
     async def create_style(self, style_id: str, display_name: str, files: Sequence[tuple[bytes, float]]) -> Style:
         """Store a style; its Gram matrices for the defaults are computed when a device is idle."""
-        style, pictures = await asyncio.to_thread(self._create_style, style_id, display_name, files)
-        self._scheduler.prepare(
-            PrepareTask(style.name, self._settings.default_model, tuple(pictures), StylizeOptions())
-        )
+        style, pictures = await self._decode(self._create_style, style_id, display_name, files)
+        for picture in pictures:
+            self._scheduler.prepare(PrepareTask(style.name, self._settings.default_model, (picture,), StylizeOptions()))
         return style
 
     async def get_style(self, name: str) -> Style:
@@ -127,6 +132,9 @@ class Application:
         """Name of the model of requests that name none."""
         return self._settings.default_model
 
+    async def _decode(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, work, *arguments)
+
     def _checked(self, request: JobRequest) -> JobSpec:
         card = self._usable_model(request.model)
         options = request.options
@@ -164,13 +172,17 @@ class Application:
             if style.name:
                 field = f"styles[{index}].style"
                 stored = self._styles.get(style.name, field)
+                inner = _shares([image.weight for image in stored.images], field)
                 files = [
-                    (data, share * image.weight)
-                    for data, image in zip(self._styles.files(stored, field), stored.images, strict=True)
+                    (data, share * part) for data, part in zip(self._styles.files(stored, field), inner, strict=True)
                 ]
             else:
                 field, files = f"styles[{index}].image.data", [(style.data, share)]
             found.extend(self._style_image(data, weight, size_px, field) for data, weight in files if weight > 0)
+            if len(found) > MAX_STYLE_IMAGES:
+                raise InvalidField(
+                    "styles", f"must have at most {MAX_STYLE_IMAGES} images, those of stored styles counted"
+                )
         return tuple(found)
 
     def _style_image(self, data: bytes, weight: float, size_px: int, field: str) -> StyleImage:
@@ -185,15 +197,15 @@ class Application:
             raise InvalidField(
                 "style.display_name", f"must have at most {MAX_DISPLAY_NAME} characters, not {len(display_name)}"
             )
-        shares = _shares([weight for _, weight in files], "style.images")
+        _shares([weight for _, weight in files], "style.images")  # refuses what cannot be mixed
         stored, prepared = [], []
-        for index, ((data, _), share) in enumerate(zip(files, shares, strict=True)):
+        for index, (data, weight) in enumerate(files):
             field = f"style.images[{index}].image.data"
             picture = images.decode(data, field, self._max_pixels)
             sha256 = hashlib.sha256(data).hexdigest()
-            stored.append((StoredImage(sha256, share, *picture.size), data))
+            stored.append((StoredImage(sha256, weight, *picture.size), data))
             size_px = StylizeOptions().size_px
-            prepared.append(StyleImage(images.fit(picture, size_px, field), sha256, size_px, share))
+            prepared.append(StyleImage(images.fit(picture, size_px, field), sha256, size_px, 1.0))
         return self._styles.create(style_id, display_name, stored), prepared
 
     def _usable_model(self, name: str) -> ModelCard:
@@ -237,10 +249,13 @@ def _shares(weights: Sequence[float], field: str) -> list[float]:
 def _page(items: Sequence[T], key: Callable[[T], str], page_size: int, page_token: str) -> tuple[list[T], str]:
     """Return the items after those that the token covers, and the token of the next page. `items` are in key order."""
     try:
-        after = base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
+        token = base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError):
-        raise InvalidField("page_token", "is not the next_page_token of a previous response") from None
+        token = "malformed"
+    if token and not token.startswith(PAGE_TOKEN):
+        raise InvalidField("page_token", "is not the next_page_token of a previous response")
+    after = token.removeprefix(PAGE_TOKEN)
     rest = [item for item in items if key(item) > after]
     page = rest[:page_size]
     more = len(rest) > len(page)
-    return page, base64.urlsafe_b64encode(key(page[-1]).encode()).decode() if more else ""
+    return page, base64.urlsafe_b64encode((PAGE_TOKEN + key(page[-1])).encode()).decode() if more else ""

@@ -165,8 +165,8 @@ def encoding_from_proto(message: image_pb2.Encoding, default: Encoding, field: s
 
 def page_from_proto(page_size: int) -> int:
     """Return how many to list on a page. Raises InvalidField."""
-    _check_range("page_size", page_size, 0, 1000)
-    return page_size or 100
+    _check_range("page_size", page_size, 0, 100)
+    return page_size or 50
 
 
 def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:

@@ -9,6 +9,7 @@ RequestError
 ├── StorageFull          the data folder takes no more
 ├── StorageReadOnly      the data folder cannot be written to
 ├── Unread               the caller left its stream unread for too long
+├── Internal             something nobody foresaw
 └── Stopping             the server is about to stop
 """
 
@@ -95,3 +96,9 @@ class Stopping(RequestError):
     """The server is about to stop and takes no more jobs."""
 
     reason = "SERVER_STOPPING"
+
+
+class Internal(RequestError):
+    """The server failed in a way that nobody foresaw."""
+
+    reason = "INTERNAL"

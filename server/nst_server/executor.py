@@ -156,8 +156,9 @@ class ProcessExecutor:
             case Refused():
                 self._settle_ready(ExecutorUnavailable(message.message))
             case Done() | Cancelled() | Failed():
-                if self._running is not None and not self._running.ending.done():
-                    self._running.ending.set_result(message)
+                running = self._running
+                if running is not None and running.task.id == message.id and not running.ending.done():
+                    running.ending.set_result(message)
             case _:
                 if self._running is not None and self._running.task.id == message.id:
                     self._running.report(message)

@@ -1,6 +1,6 @@
 """Gram matrices on disk, keyed by the image file, the feature model and the size; shared by jobs and stored styles.
 
-    grams/{model}-{weights}/{image sha256}/{size}px-of-{base}-{pooling}-{padding}-{precision}/{layer}.safetensors
+    grams/{model}-{format}.{weights}/{image sha256}/{size}px-of-{base}-{pooling}-{padding}-{precision}/{layer}.safetensors
 
 With each Gram matrix its features' mean is kept: every loss on first and second moments is made of the two. Coarser
 scales of a run are scaled down from the style's full size, the base.
@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from nst_model.cache import FORMAT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +113,7 @@ class GramCache:
 
     def _folder(self, key: GramKey) -> Path:
         size = f"{key.size_px}px-of-{key.base_px}-{key.pooling}-{key.padding}-{key.precision}"
-        return self.folder / f"{key.model}-{key.weights_sha256[:16]}" / key.image_sha256 / size
+        return self.folder / f"{key.model}-{FORMAT}.{key.weights_sha256[:16]}" / key.image_sha256 / size
 
 
 def _moments(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class Scheduler:
         self._queue_size = queue_size
         self._waiting: collections.deque[Job] = collections.deque()
         self._preparations: collections.deque[PrepareTask] = collections.deque()
+        self._preparing: dict[Executor, PrepareTask] = {}
         self._reserved = 0
         self._running: dict[str, tuple[Job, Executor]] = {}
         self._work = asyncio.Event()
@@ -81,6 +82,8 @@ class Scheduler:
         job.queue_position = len(self._waiting)
         self._waiting.append(job)
         self._work.set()
+        for executor, task in self._preparing.items():  # a job does not wait for what nobody waits for
+            executor.cancel(task.id)
 
     def prepare(self, task: PrepareTask) -> None:
         """Compute Gram matrices when an executor has nothing better to do."""
@@ -129,7 +132,13 @@ class Scheduler:
                 await self._work.wait()
 
     async def _prepare(self, task: PrepareTask, executor: Executor) -> None:
-        ending = await _ending(executor, task, lambda _: None)
+        self._preparing[executor] = task
+        try:
+            ending = await _ending(executor, task, lambda _: None)
+        finally:
+            del self._preparing[executor]
+        if isinstance(ending, Cancelled):
+            self._preparations.append(task)
         if isinstance(ending, Failed):
             log.warning("style not prepared", style=task.id, error=ending.message)
 

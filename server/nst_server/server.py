@@ -77,7 +77,7 @@ class Server:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         application = Application(settings, self._scheduler)
         self._grpc = grpc.aio.server(
-            interceptors=[Admission(application)],
+            interceptors=[Admission(application, settings.write_timeout_s)],
             maximum_concurrent_rpcs=settings.max_streams,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * 1024 * 1024),

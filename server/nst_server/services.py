@@ -23,7 +23,7 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import RequestError, Unread
+from nst_server.errors import Internal, RequestError, Unread
 from nst_server.jobs import Job, PreviewSpec
 from nst_server.status import abort
 from nst_server.styles import Style
@@ -47,6 +47,12 @@ def refusing(method: Method) -> Method:
             return await method(self, request, context)
         except RequestError as error:
             await abort(context, error)
+        except (grpc.aio.BaseError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            # What went wrong inside is the operator's affair, and may name files.
+            log.exception("call failed", method=method.__name__)
+            await abort(context, Internal("the server failed to answer; its log says why"))
 
     return wrapped  # type: ignore[return-value]
 
@@ -57,8 +63,9 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     gRPC receives a request before it calls the servicer, and a few hundred requests full of images fill the memory.
     """
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, upload_timeout_s: float) -> None:
         self._application = application
+        self._upload_timeout_s = upload_timeout_s
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
@@ -73,6 +80,8 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             task = asyncio.current_task()
             assert task is not None
             task.add_done_callback(lambda _: held.close())
+            # And this for one that stays and never completes it.
+            held.callback(asyncio.get_running_loop().call_later(self._upload_timeout_s, task.cancel).cancel)
         return await continuation(details)
 
 

@@ -60,7 +60,10 @@ class Settings(BaseSettings):
         1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."
     )
     write_timeout_s: float = Field(
-        60, ge=1, le=86_400, description="How long a client may leave its stream unread before it is cut off, seconds."
+        60,
+        ge=1,
+        le=86_400,
+        description="How long a client may leave its request unfinished or its stream unread, seconds.",
     )
     grace_s: float = Field(15, ge=0, le=86_400, description="How long running jobs may go on after SIGTERM, seconds.")
     log_format: Literal["console", "json"] = Field("console", description="How the log is written.")

@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 
 from nst_server.errors import (
     AlreadyExists,
+    Internal,
     InvalidField,
     ModelNotFetched,
     NotFound,
@@ -33,6 +34,7 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
     Unread: grpc.StatusCode.UNAVAILABLE,
+    Internal: grpc.StatusCode.INTERNAL,
     Stopping: grpc.StatusCode.UNAVAILABLE,
 }
 

@@ -94,7 +94,7 @@ class Worker:
                     return self._stylize(task, stop)
                 case PrepareTask():
                     self._prepare(task, stop)
-                    return Done(task.id)
+                    return Cancelled(task.id) if stop.is_set() else Done(task.id)
         except NstModelError as error:
             return Failed(
                 task.id,

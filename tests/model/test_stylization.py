@@ -128,13 +128,16 @@ def test_nan_restarts_from_the_best_picture(problem: tuple[Any, dict[str, torch.
 
 
 def test_lasting_nan_ends_with_the_best_picture(problem: tuple[Any, dict[str, torch.Tensor], torch.Tensor]) -> None:
-    """When restarting does not help, the last word is the best picture, with the reason."""
-    counting = Counting(problem[0], lambda evaluation: evaluation > 4)
+    """When restarting does not help, the last word is the best picture, with the reason.
+
+    The best picture itself can be evaluated: only what follows it is spoiled.
+    """
+    counting = Counting(problem[0], lambda evaluation: evaluation > 4 and evaluation % 2 == 1)
     iterates = list(minimize(counting, problem[1], problem[2], StylizeOptions.of("gatys", iterations=50)))
     best = min(iterates[:-1], key=lambda iterate: iterate.loss)
     assert iterates[-1].stop_reason is StopReason.DIVERGED
     assert torch.equal(iterates[-1].picture, best.picture)
-    assert counting.evaluations < 12
+    assert counting.evaluations < 20
 
 
 def test_vanished_gradient_is_convergence(tiny_model: FeatureModel, picture: Picture) -> None:

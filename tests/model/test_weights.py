@@ -152,12 +152,30 @@ def test_unreachable_hub_names_the_other_models(monkeypatch: pytest.MonkeyPatch,
         load_weights("vgg19")
 
 
-def test_hub_weights_come_from_torchs_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file that the hub has left in torch's cache is used without the network."""
+def test_hub_weights_in_torchs_cache_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that the hub has left in torch's cache is read without the network, and its hash held against its name."""
     monkeypatch.setenv("NST_CACHE_DIR", str(tmp_path / "nst"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     checkpoints = tmp_path / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     torch.save(random_state(VGG16, WIDTHS), checkpoints / "vgg16-397923af.pth")
-    assert load_weights("vgg16").convolutions["relu1_1"][0].shape == (4, 3, 3, 3)
+    with pytest.raises(WeightsCorrupt, match=r"vgg16-397923af\.pth has SHA-256 [0-9a-f]{64}, which is not the one"):
+        load_weights("vgg16")
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "never excite relu1_1"), (float("nan"), "is not finite")])
+def test_weights_that_cannot_work_are_refused(value: float, message: str, tmp_path: Path) -> None:
+    """Before they are cached, not in the middle of a job."""
+    state = {name: torch.full_like(tensor, value) for name, tensor in random_state(VGG16, WIDTHS).items()}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(WeightsCorrupt, match=message):
+        load_weights("vgg16", tmp_path / "weights.pth")
+
+
+def test_a_newly_fetched_file_replaces_the_older(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The weights in use are those that were fetched last."""
+    monkeypatch.setenv("NST_CACHE_DIR", str(tmp_path / "nst"))
+    for seed in (1, 2, 3):
+        torch.save(random_state(VGG16, WIDTHS, seed), tmp_path / "weights.pth")
+        assert cached_file("vgg16") != fetch("vgg16", tmp_path / "weights.pth") == cached_file("vgg16")

@@ -12,8 +12,11 @@ import torch
 
 from nst_server.gram_cache import GramCache, GramKey
 
-KEY = GramKey("vgg16-hed", "w" * 64, "i" * 64, 512, "max", "fp32")
-GRAMS = {"relu1_1": torch.arange(16.0).reshape(4, 4), "relu2_1": torch.ones(6, 6)}
+KEY = GramKey("vgg16-hed", "w" * 64, "i" * 64, 512, 512, "max", "zeros", "fp32")
+GRAMS = {
+    "relu1_1": {"mean": torch.arange(4.0), "gram": torch.arange(16.0).reshape(4, 4)},
+    "relu2_1": {"mean": torch.ones(6), "gram": torch.ones(6, 6)},
+}
 
 
 @pytest.fixture
@@ -27,14 +30,15 @@ def test_what_is_saved_is_loaded(cache: GramCache) -> None:
     cache.save(KEY, GRAMS)
     loaded = cache.load(KEY, ["relu1_1", "relu5_1"])
     assert list(loaded) == ["relu1_1"]
-    assert torch.equal(loaded["relu1_1"], GRAMS["relu1_1"])
+    for name, tensor in GRAMS["relu1_1"].items():
+        assert torch.equal(loaded["relu1_1"][name], tensor)
 
 
 @pytest.mark.parametrize("part", GramKey._fields)
 def test_every_part_of_the_key_matters(cache: GramCache, part: str) -> None:
-    """Another model, image, size, pooling or precision is another matrix."""
+    """Another model, image, size, pooling, padding or precision is another matrix."""
     cache.save(KEY, GRAMS)
-    other = KEY._replace(**{part: 256 if part == "size_px" else "other"})
+    other = KEY._replace(**{part: 256 if part.endswith("_px") else "other"})
     assert cache.load(other, GRAMS) == {}
 
 
@@ -53,7 +57,7 @@ def test_damaged_files_are_as_good_as_none(cache: GramCache, damage: bytes, capl
 def test_prepared_lists_layers_by_model_and_size(cache: GramCache) -> None:
     """For one image; a model's name may contain hyphens."""
     cache.save(KEY, GRAMS)
-    cache.save(KEY._replace(size_px=256), {"relu1_1": GRAMS["relu1_1"]})
+    cache.save(KEY._replace(size_px=256, base_px=256), {"relu1_1": GRAMS["relu1_1"]})
     cache.save(KEY._replace(image_sha256="j" * 64), GRAMS)
     assert cache.prepared("i" * 64) == {("vgg16-hed", 512): {"relu1_1", "relu2_1"}, ("vgg16-hed", 256): {"relu1_1"}}
     assert cache.prepared("k" * 64) == {}

@@ -272,14 +272,14 @@ async def test_gram_matrices_are_computed_once(caller: Caller, ask: Ask, shared:
     style = await prepared(caller, "once")
     request = ask(styles=[{"style": "once"}], size_px=64, iterations=1, style_layers={"relu2_1": 1.0})
     first = await caller.told(request)
-    (file,) = gram_files(shared, style.images[0].sha256, "64px-*/relu2_1")
+    (file,) = gram_files(shared, style.images[0].sha256, "64px-of-64-*/relu2_1")
 
-    gram = safetensors.torch.load_file(file)["gram"]
-    safetensors.torch.save_file({"gram": gram * 2}, file)
+    moments = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: tensor * 2 for name, tensor in moments.items()}, file)
     second = await caller.told(request)
 
     assert second.progress[0].loss != first.progress[0].loss
-    safetensors.torch.save_file({"gram": gram}, file)
+    safetensors.torch.save_file(moments, file)
     third = await caller.told(request)
     assert third.progress[0].loss == first.progress[0].loss
 
@@ -291,7 +291,7 @@ async def test_a_damaged_gram_file_is_made_anew(caller: Caller, ask: Ask, shared
     style = await prepared(caller, "damaged")
     request = ask(styles=[{"style": "damaged"}], size_px=64)
     before = await caller.told(request)
-    (file,) = gram_files(shared, style.images[0].sha256, "64px-*/relu1_1")
+    (file,) = gram_files(shared, style.images[0].sha256, "64px-of-64-*/relu1_1")
     whole = file.read_bytes()
 
     file.write_bytes(whole[:-10] if damage is None else damage)
