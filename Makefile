@@ -2,6 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+export PYTHON
 PROJECT_FILES := pyproject.toml proto/generate.py $(wildcard proto/nst/v1/*.proto)
 
 .PHONY: demo test check unit node format bench baseline clean
@@ -42,7 +43,7 @@ clean:
 	rm -rf $(VENV) out client/node/node_modules client/node/dist
 
 $(VENV)/bin/python:
-	@python=$$(sh .ci/find-python) && echo "making $(VENV) with $$($$python --version)" && $$python -m venv $(VENV)
+	@python=$$(sh .ci/find-python) && echo "making $(VENV) with $$("$$python" --version)" && "$$python" -m venv $(VENV)
 
 $(VENV)/demo.stamp: $(PROJECT_FILES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[server,demo]'
@@ -50,7 +51,7 @@ $(VENV)/demo.stamp: $(PROJECT_FILES) | $(VENV)/bin/python
 
 $(VENV)/dev.stamp: $(PROJECT_FILES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/demo.stamp $@
 
 client/node/node_modules/.stamp: client/node/package-lock.json
 	@command -v npm >/dev/null || { echo "make: npm is missing; install Node 20 or newer: apt-get update && apt-get install nodejs npm" >&2; exit 1; }

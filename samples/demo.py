@@ -94,4 +94,7 @@ def address_in(log_file: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

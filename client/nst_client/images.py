@@ -104,7 +104,7 @@ def read_image(source: ImageSource, *, field: str) -> bytes:
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(source), field=field)
     if _is_pil_image(source):
-        return _png_of(source)
+        return _png_of(source, field=field)
     kind = type(source).__name__
     raise InvalidArgumentError(f"{field} must be a path, the bytes of a file or a PIL image, not {kind}", field=field)
 
@@ -129,12 +129,16 @@ def _is_pil_image(source: object) -> bool:
     return module is not None and isinstance(source, module.Image)
 
 
-def _png_of(image: Image.Image) -> bytes:
+def _png_of(image: Image.Image, *, field: str) -> bytes:
     from PIL import ImageOps  # noqa: PLC0415 - the caller has imported PIL, this package has not
 
     upright = ImageOps.exif_transpose(image)
-    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:
-        upright = upright.convert("RGB")
+    if upright.mode == "F":
+        raise InvalidArgumentError(f"{field} has floating-point pixels, whose range is unknown", field=field)
+    if upright.mode == "I":
+        upright = upright.convert("I;16")
+    elif upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:
+        upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     buffer = io.BytesIO()
     # Level 1: the file lives for one call, so time counts more than size.
     upright.save(buffer, "PNG", compress_level=1)

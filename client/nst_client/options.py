@@ -127,6 +127,8 @@ def _noun(field: FieldDescriptor) -> str:
 
 
 def _kind_noun(field: FieldDescriptor) -> str:
+    if field.cpp_type == FieldDescriptor.CPPTYPE_UINT32:
+        return "a whole number from 0 to 4294967295"
     if field.cpp_type in WHOLE_NUMBERS:
         return "a whole number"
     if field.cpp_type in REAL_NUMBERS:

@@ -1,6 +1,6 @@
 """Gram matrices on disk, keyed by the image file, the feature model and the size; shared by jobs and stored styles.
 
-    grams/{model}-{format}.{weights}/{image sha256}/{size}px-of-{base}-{pooling}-{padding}-{precision}/{layer}.safetensors
+    grams/{model}-{format}.{weights}/{image}/{size}px-of-{base}-{pooling}-{padding}-{precision}/{layer}.safetensors
 
 With each Gram matrix its features' mean is kept: every loss on first and second moments is made of the two. Coarser
 scales of a run are scaled down from the style's full size, the base.

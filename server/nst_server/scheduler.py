@@ -33,6 +33,9 @@ log = structlog.get_logger()
 TYPICAL_JOB_S = 30.0
 """How long a job takes, as far as is known before the first has ended."""
 
+MAX_PREPARATIONS = 64
+"""Style images that may wait to be prepared, each of about a megabyte; four styles of the largest kind."""
+
 STOPPING = JobError("SERVER_STOPPING", "the server stopped before the job was done; try again in a moment")
 
 
@@ -87,7 +90,7 @@ class Scheduler:
 
     def prepare(self, task: PrepareTask) -> None:
         """Compute Gram matrices when an executor has nothing better to do."""
-        if len(self._preparations) < max(1, self._queue_size):  # jobs compute for themselves what was not prepared
+        if len(self._preparations) < MAX_PREPARATIONS:  # jobs compute for themselves what was not prepared
             self._preparations.append(task)
             self._work.set()
 

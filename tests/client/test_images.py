@@ -54,11 +54,27 @@ def test_anything_else_is_refused() -> None:
         read_image(5, field="content")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "YCbCr", "HSV", "F", "I"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "YCbCr", "HSV", "RGBa", "I"])
 def test_pil_images_of_every_mode_become_png(mode: str) -> None:
     """A PIL image of any mode is sent as a PNG of its size."""
     image = decoded(read_image(Image.new(mode, (9, 7)), field="content"))
     assert (image.format, image.size) == ("PNG", (9, 7))
+
+
+def test_grey_of_32_bits_keeps_its_16() -> None:
+    """A mid-grey stays one."""
+    assert decoded(read_image(Image.new("I", (9, 7), 0x8000), field="content")).getpixel((0, 0)) == 0x8000
+
+
+def test_transparency_survives() -> None:
+    """So that the server lays it over white."""
+    assert decoded(read_image(Image.new("RGBa", (9, 7)), field="content")).mode == "RGBA"
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    """Nobody knows what is white."""
+    with pytest.raises(InvalidArgumentError, match="content has floating-point pixels"):
+        read_image(Image.new("F", (9, 7)), field="content")
 
 
 def test_pil_image_keeps_its_pixels() -> None:

@@ -38,6 +38,9 @@ QUEUE_SIZE = 4
 STRICT_TIMEOUT_S = 1.5
 """How long the strict server waits for clients."""
 
+QUICK = {"preset": "PRESET_GATYS", "size_px": 48, "iterations": 2, "precision": "PRECISION_FP32"}
+"""Options of a job of one scale that is over in a moment."""
+
 FOREVER = {"iterations": 10_000, "size_px": 192, "init": "INIT_NOISE", "precision": "PRECISION_FP32"}
 """Options of a job that lasts until it is ended: the tiny model makes about 50 such iterations a second."""
 
@@ -236,7 +239,7 @@ async def rest(call: Any) -> Told:
 
 @pytest.fixture
 def ask(photo: bytes, painting: bytes) -> Callable[..., style_transfer_service_pb2.StylizeRequest]:
-    """Return what makes a Stylize request: a small and quick one, fields and options changed as told."""
+    """Return what makes a Stylize request: a QUICK one, fields and options changed as told."""
 
     def build(
         *,
@@ -249,7 +252,7 @@ def ask(photo: bytes, painting: bytes) -> Callable[..., style_transfer_service_p
     ) -> style_transfer_service_pb2.StylizeRequest:
         if styles is None:
             styles = [{"image": {"data": painting}}]
-        options = {"size_px": 48, "iterations": 2, "precision": "PRECISION_FP32"} | options
+        options = QUICK | options
         return style_transfer_service_pb2.StylizeRequest(
             content={"data": content}, styles=styles, model=model, options=options, preview=preview, output=output
         )

@@ -18,7 +18,7 @@ import pytest
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
 from nst_server import Server
-from tests.server.conftest import FOREVER, Caller, Refusal, idle, noise, read_until, until
+from tests.server.conftest import FOREVER, STRICT_TIMEOUT_S, Caller, Refusal, idle, noise, read_until, until
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -215,6 +215,18 @@ async def test_a_client_that_leaves_in_the_middle_of_its_upload_leaves_nothing(
     await until(lambda: shared._scheduler._reserved == 0)
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
         await uploading
+
+
+async def test_an_upload_that_never_ends_is_given_up(strict: Caller, strict_server: Server, ask: Ask) -> None:
+    """A client that stays and does not complete its request holds its place as long as a write may take, no longer."""
+    async with swallowing_proxy(strict_server.address, after_bytes=100_000) as (address, _):
+        client = Caller(address)
+        async with client.channel:
+            uploading = asyncio.create_task(client.told(ask(content=noise(900, 900))))
+            await until(lambda: strict_server._scheduler._reserved == 1)
+            await until(lambda: strict_server._scheduler._reserved == 0, STRICT_TIMEOUT_S + 2)
+            uploading.cancel()
+    assert (await strict.told(ask())).result
 
 
 @contextlib.asynccontextmanager

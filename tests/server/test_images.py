@@ -238,15 +238,24 @@ def test_fit_refuses_what_becomes_too_thin() -> None:
 
 
 @pytest.mark.parametrize("file_format", list(ImageFormat))
-def test_encode_scales_down_and_never_up(file_format: ImageFormat) -> None:
-    """At most the edge asked for, in the format asked for; the hash is that of the file."""
+def test_encode_gives_the_size_and_format_asked_for(file_format: ImageFormat) -> None:
+    """As large as asked for, in the format asked for."""
     pixels = np.full((40, 60, 3), 100, np.uint8)
-    for edge, size in ((30, (30, 20)), (500, (60, 40)), (None, (60, 40))):
-        encoded = images.encode(pixels, Encoding(file_format, 90), edge)
+    for size in ((30, 20), (60, 40), (120, 80)):
+        encoded = images.encode(pixels, Encoding(file_format, 90), size)
         picture = opened(encoded.data)
         assert picture.format == file_format
         assert picture.size == size == (encoded.width, encoded.height)
         assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - 100).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("size", "longer", "expected"),
+    [((60, 40), 30, (30, 20)), ((40, 60), 30, (20, 30)), ((60, 40), 500, (60, 40)), ((4096, 16), 64, (64, 1))],
+)
+def test_previews_are_scaled_down_and_never_up(size: tuple[int, int], longer: int, expected: tuple[int, int]) -> None:
+    """At most the longer edge asked for, at least one pixel."""
+    assert images.preview_size(*size, longer) == expected
 
 
 def test_png_is_lossless_and_jpeg_keeps_full_colour_resolution() -> None:

@@ -26,7 +26,7 @@ from nst_server.messages import (
     Started,
     Task,
 )
-from nst_server.scheduler import TYPICAL_JOB_S, Scheduler
+from nst_server.scheduler import MAX_PREPARATIONS, TYPICAL_JOB_S, Scheduler
 
 PIXELS = np.zeros((16, 24, 3), np.uint8)
 
@@ -169,11 +169,11 @@ async def test_an_executor_that_is_not_ready_gets_nothing(scheduler: Scheduler) 
 
 
 async def test_preparations_wait_for_jobs(scheduler: Scheduler) -> None:
-    """Jobs first; preparations when there are none; a failed one disturbs nobody; there is a bound on them."""
+    """Jobs first; preparations when there are none; a failed one disturbs nobody."""
     hand = Held()
     scheduler.add(hand)
     job = submitted(scheduler)
-    for index in range(10):
+    for index in range(3):
         scheduler.prepare(PrepareTask(f"styles/{index}", "vgg16", (), StylizeOptions()))
     await settled()
     assert [task.id for task in hand.tasks] == [job.name]
@@ -183,11 +183,33 @@ async def test_preparations_wait_for_jobs(scheduler: Scheduler) -> None:
     await settled()
     hand.end(RuntimeError("unexpected"))
     await settled()
-    assert [task.id for task in hand.tasks] == [job.name, "styles/0", "styles/1"], "as many as may wait are kept"
-    assert submitted(scheduler)
+    assert [task.id for task in hand.tasks] == [job.name, "styles/0", "styles/1", "styles/2"]
+
+
+async def test_a_job_interrupts_a_preparation(scheduler: Scheduler) -> None:
+    """It is cancelled for the job, and made up for after it; a job itself is never interrupted."""
+    hand = Held()
+    scheduler.add(hand)
+    scheduler.prepare(PrepareTask("styles/a", "vgg16", (), StylizeOptions()))
     await settled()
-    assert isinstance(hand.tasks[-1].id, str)
-    assert len(hand.tasks) == 4
+    job = submitted(scheduler)
+    assert hand.cancelled == ["styles/a"]
+    hand.end(Cancelled("styles/a"))
+    await settled()
+    assert job.state == "running"
+    submitted(scheduler)
+    assert hand.cancelled == ["styles/a"]
+    for _ in range(2):
+        hand.done()
+        await settled()
+    assert hand.tasks[-1].id == "styles/a"
+
+
+async def test_preparations_are_bounded(scheduler: Scheduler) -> None:
+    """What is beyond the bound is left to the jobs that need it: memory does not grow with every style created."""
+    for index in range(MAX_PREPARATIONS + 5):
+        scheduler.prepare(PrepareTask(f"styles/{index}", "vgg16", (), StylizeOptions()))
+    assert len(scheduler._preparations) == MAX_PREPARATIONS
 
 
 @pytest.mark.parametrize(

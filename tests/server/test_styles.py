@@ -19,7 +19,7 @@ import safetensors.torch
 from nst.v1 import job_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_server import Server
 from tests.conftest import picture_bytes
-from tests.server.conftest import FOREVER, Caller, noise, read_until, until
+from tests.server.conftest import FOREVER, QUEUE_SIZE, QUICK, Caller, noise, read_until, until
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -61,7 +61,7 @@ async def prepared(caller: Caller, name: str) -> style_service_pb2.Style:
 
 
 async def test_a_created_style_tells_what_it_is(caller: Caller) -> None:
-    """Name, hashes, sizes and shares; never the image itself."""
+    """Name, hashes, sizes and weights; never the image itself."""
     wide, tall = picture_bytes(80, 40, seed=3), picture_bytes(40, 60, seed=4, format="JPEG")
     style = await create(caller, "two-images", wide, tall, weights=(3.0, 1.0), display_name="Zwei Bilder")
 
@@ -69,7 +69,7 @@ async def test_a_created_style_tells_what_it_is(caller: Caller) -> None:
     assert style.display_name == "Zwei Bilder"
     assert [image.sha256 for image in style.images] == [hashlib.sha256(data).hexdigest() for data in (wide, tall)]
     assert [(image.width, image.height) for image in style.images] == [(80, 40), (40, 60)]
-    assert [image.weight for image in style.images] == [0.75, 0.25]
+    assert [image.weight for image in style.images] == [3.0, 1.0]
     assert not any(image.HasField("image") for image in style.images)
     assert style.HasField("create_time")
     assert await get(caller, "styles/two-images") == await get(caller, "two-images")
@@ -84,12 +84,18 @@ async def test_grams_for_the_defaults_are_prepared_when_a_device_is_idle(caller:
     assert list(grams.layers) == DEFAULT_STYLE_LAYERS
 
 
+async def test_every_image_of_a_style_is_prepared(caller: Caller) -> None:
+    """Also when there are more of them than jobs may wait: a style is prepared only if all its images are."""
+    await create(caller, "manifold", *(picture_bytes(24, 24, seed=seed) for seed in range(100, 100 + 2 * QUEUE_SIZE)))
+    assert (await prepared(caller, "manifold")).prepared
+
+
 async def test_a_busy_device_does_not_prepare(caller: Caller, shared: Server) -> None:
     """A running job goes first; what was to be prepared is prepared once it has ended."""
     request = style_transfer_service_pb2.StylizeRequest(
         content={"data": picture_bytes(64, 64)},
         styles=[{"image": {"data": picture_bytes(64, 64, seed=2)}}],
-        options=FOREVER,
+        options=QUICK | FOREVER,
     )
     call = caller.jobs.Stylize(request)
     await read_until(call, "progress")
@@ -200,7 +206,7 @@ async def test_styles_are_listed_in_pages(caller: Caller) -> None:
     assert names == sorted(names)
     assert [name for name in names if "page-" in name] == [f"styles/page-{letter}" for letter in "abcd"]
 
-    for page_size in (1, 2, len(names), 1000):
+    for page_size in (1, 2, len(names), 100):
         listed, token = [], ""
         while True:
             request = style_service_pb2.ListStylesRequest(page_size=page_size, page_token=token)

@@ -116,6 +116,20 @@ async def test_model_may_be_named_bare_or_in_full(caller: Caller, ask: Ask) -> N
     assert len({one.result for one in told}) == 1
 
 
+async def test_coarse_scales_are_streamed_like_the_last(caller: Caller, ask: Ask) -> None:
+    """The default preset: iterations count on through all scales, frames have one size, the last scale's best wins."""
+    told = await caller.told(ask(preset="PRESET_FINE", size_px=96, first_size_px=32, iterations=3))
+
+    total = told.progress[0].iterations
+    assert total > 3, "there were no scales"
+    assert [progress.iteration for progress in told.progress] == list(range(len(told.progress)))
+    assert told.progress[-1].iteration == total
+    assert {(part.width, part.height) for _, _, part, _ in told.frames} == {(96, 64)}
+    assert_skips(told, 1)
+    assert told.pixels.shape == (64, 96, 3)
+    assert told.of("result")[0].result.iteration >= total - 3, "the best of the last scale, not of a coarser one"
+
+
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 async def test_previews_come_in_the_format_and_size_asked_for(caller: Caller, ask: Ask, file_format: str) -> None:
     """Every frame is a file of that format whose longer edge is `preview.size_px`."""
@@ -160,10 +174,13 @@ async def test_frame_shows_the_picture_of_its_iteration(caller: Caller, ask: Ask
 
 
 async def test_result_is_the_best_picture(caller: Caller, ask: Ask) -> None:
-    """The result's loss is the lowest of all iterations."""
-    told = await caller.told(ask(iterations=12, init="INIT_NOISE"))
+    """The result's loss is the lowest of all iterations; here any step away from the content raises it."""
+    told = await caller.told(ask(iterations=1, content_weight=1e6, style_weight=1.0))
 
-    assert told.of("result")[0].result.loss == min(progress.loss for progress in told.progress)
+    losses = [progress.loss for progress in told.progress]
+    assert losses[0] < losses[1]
+    (result,) = told.of("result")
+    assert (result.result.iteration, result.result.loss) == (0, losses[0])
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(1, range(11)), (3, [0, 3, 6, 9]), (10, [0, 10]), (100, [0])])
