@@ -87,7 +87,7 @@ def textbook_loop(
         return loss
 
     def step() -> float:
-        return float(optimizer.step(closure))
+        return float(optimizer.step(closure).detach())
 
     while True:
         yield step

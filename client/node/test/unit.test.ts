@@ -522,9 +522,9 @@ test('a request carries what was given and nothing else', async () => {
     })
     .result();
   assert.ok(request);
-  assert.deepEqual([...request.content!.data], [1, 2, 3]);
+  assert.deepEqual([...request.content!.data!], [1, 2, 3]);
   assert.deepEqual(
-    request.styles.map(({ image, style, weight }) => [image?.data.toString() ?? style, weight]),
+    request.styles.map(({ image, style, weight }) => [image?.data?.toString() ?? style, weight]),
     [
       ['from a file', undefined],
       ['from a file', undefined],
