@@ -117,9 +117,8 @@ def running_server(device: str, folder: Path) -> Iterator[tuple[str, int]]:
     with subprocess.Popen([sys.executable, "-m", "nst_server", *command], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            serving = next(
-                line for line in process.stderr if line.startswith("{") and json.loads(line)["event"] == "serving"
-            )
+            entries = (json.loads(line) for line in process.stderr if line.startswith("{"))
+            serving = next(entry for entry in entries if entry["event"] == "serving")
             threading.Thread(target=process.stderr.read, daemon=True).start()  # keep the pipe empty
             yield serving["address"], process.pid
         finally:
