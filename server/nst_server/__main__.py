@@ -48,7 +48,8 @@ async def serve(settings: Settings) -> None:
         nonlocal signals
         signals += 1
         stopping.set()
-        if signals > 1 or server.starting:
+        # Once only: what it cancels is the wait, and the stop that follows must not be broken off too.
+        if signals == (1 if server.starting else 2):
             running.cancel()
 
     loop = asyncio.get_running_loop()
