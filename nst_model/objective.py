@@ -9,6 +9,7 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
@@ -118,7 +119,9 @@ class Objective(nn.Module):
 
     def forward(self, image: Tensor, content: dict[str, Tensor]) -> Losses:
         """Return the losses of a picture (1, 3, H, W), given `content_targets` of the content image."""
-        features = self.trunk(image)
+        return self._losses(image, self.trunk(image), content)
+
+    def _losses(self, image: Tensor, features: dict[str, Tensor], content: dict[str, Tensor]) -> Losses:
         content_loss = torch.zeros((), device=image.device)
         for layer, comparison in self.content.items():
             content_loss = content_loss + comparison.weight * comparison(features[layer], content[layer])
@@ -139,7 +142,21 @@ class Objective(nn.Module):
         Does not work under the caller's `torch.no_grad`.
         """
         image = image.detach().requires_grad_(True)
-        losses = self.forward(image, content)
+        return self._differentiated(image, self.forward(image, content))
+
+    @torch.jit.export
+    def begin(self, content: Tensor) -> tuple[dict[str, Tensor], Losses, Tensor]:
+        """Return `content_targets` of the content image, and its own `loss_and_gradient`, by one pass of the trunk.
+
+        For an optimization that starts from the content, (1, 3, H, W).
+        """
+        image = content.detach().requires_grad_(True)
+        features = self.trunk(image)
+        targets = {layer: features[layer].detach() for layer in self.content_layers}
+        losses, gradient = self._differentiated(image, self._losses(image, features, targets))
+        return targets, losses, gradient
+
+    def _differentiated(self, image: Tensor, losses: Losses) -> tuple[Losses, Tensor]:
         gradient = torch.autograd.grad([losses.total], [image])[0]
         assert gradient is not None
         detached = Losses(
@@ -182,6 +199,16 @@ def load_artifact(
             str(source) if isinstance(source, Path) else source, map_location=device, _extra_files=extra
         )
     return module, json.loads(extra[METADATA_FILE])
+
+
+def interpreted() -> AbstractContextManager[None]:
+    """Return a context in which scripted modules run as they are written, without being compiled anew for each size.
+
+    The recompiled graph sums gradients in another order, so one rounding tells it from the eager module; and a call
+    out of this context compiles for those within, too. The kernels, which take the time, are the same.
+    """
+    context: AbstractContextManager[None] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+    return context
 
 
 class _deprecation_accepted(warnings.catch_warnings):  # noqa: N801 - reads as a statement

@@ -24,7 +24,7 @@ from nst_model.errors import InvalidImage
 from nst_model.lbfgs import LBFGS
 from nst_model.losses import Targets, mixed_targets, style_targets
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
-from nst_model.objective import Objective, script
+from nst_model.objective import Losses, Objective, interpreted, script
 from nst_model.options import Init, Precision, StylizeOptions, relative
 from nst_model.weights import FeatureWeights
 
@@ -225,7 +225,9 @@ def stylize(
             parts.append((style.weight, (targets_of or model.style_targets)(style.scaled(edge / edges[-1]), options)))
         objective = model.objective(mixed(parts), options)
         start = picture if picture.shape == here.shape else _interpolated(picture, list(here.shape[1:]))
-        after = yield from run.scale(objective, objective.content_targets(here[None]), start[None])
+        at_content = edge == edges[0] and options.init is Init.CONTENT
+        closure = _Closure(objective, None if at_content else content_targets(objective, here))
+        after = yield from run.scale(closure, start[None])
         if after is None:
             return
         picture = after[0]
@@ -251,7 +253,37 @@ def minimize(
     stop: threading.Event | None = None,
 ) -> Iterator[Iterate]:
     """Yield the iterates of L-BFGS on a scripted objective, from `start` (1, 3, H, W), at one scale. See `stylize`."""
-    yield from _Run(options, stop, [1]).scale(objective, targets, start)
+    yield from _Run(options, stop, [1]).scale(_Closure(objective, targets), start)
+
+
+def content_targets(objective: Any, content: Tensor) -> dict[str, Tensor]:
+    """Return what a scripted objective compares the picture with, given the content (3, H, W) of the same size."""
+    with interpreted():
+        targets: dict[str, Tensor] = objective.content_targets(content[None])
+    return targets
+
+
+class _Closure:
+    """The objective of one scale, as the optimizer calls it.
+
+    Args:
+        targets: the objective's `content_targets`; None says that the first picture is the content itself, whose
+            targets then need no pass of their own.
+    """
+
+    def __init__(self, objective: Any, targets: dict[str, Tensor] | None) -> None:
+        self.style_layers: list[str] = objective.style_layers
+        self._objective = objective
+        self._targets = targets
+
+    def __call__(self, image: Tensor) -> tuple[Losses, Tensor]:
+        """Return the losses of a picture (1, 3, H, W), and the gradient."""
+        with interpreted():
+            if self._targets is None:
+                self._targets, losses, gradient = self._objective.begin(image)
+            else:
+                losses, gradient = self._objective.loss_and_gradient(image, self._targets)
+        return losses, gradient
 
 
 class _Run:
@@ -270,9 +302,7 @@ class _Run:
         self._work = done / done[-1]
         self._index = 0
 
-    def scale(
-        self, objective: Any, targets: dict[str, Tensor], start: Tensor
-    ) -> Generator[Iterate, None, Tensor | None]:
+    def scale(self, closure: _Closure, start: Tensor) -> Generator[Iterate, None, Tensor | None]:
         """Yield one scale's iterates; return the picture (1, 3, H, W) to go on with, None when the run is over."""
         end = self._index + self._options.iterations
         final = end == self._iterations
@@ -283,7 +313,7 @@ class _Run:
         while self._index < end + final:
             if self._stop is not None and self._stop.is_set():
                 return None
-            iterate, products = self._evaluate(objective, targets, optimizer)
+            iterate, products = self._evaluate(closure, optimizer)
             self._index += 1
             if iterate is None:
                 failures += 1
@@ -317,14 +347,9 @@ class _Run:
         self._index = end
         return best.picture[None] if ended_early or failures else optimizer.x
 
-    def _evaluate(
-        self, objective: Any, targets: dict[str, Tensor], optimizer: LBFGS
-    ) -> tuple[Iterate | None, np.ndarray]:
+    def _evaluate(self, closure: _Closure, optimizer: LBFGS) -> tuple[Iterate | None, np.ndarray]:
         """Evaluate the objective once; return the iterate, None if it is not finite, and the optimizer's products."""
-        # Compiling the graph anew for every job and size would cost its first iterations seconds on a GPU, and the
-        # kernels, which take the time, are the same.
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            losses, gradient = objective.loss_and_gradient(optimizer.x, targets)
+        losses, gradient = closure(optimizer.x)
         # Everything that the host wants to know crosses at once: one synchronization an iteration.
         scalars = torch.stack((losses.total, losses.content, losses.variation))
         values = torch.cat((scalars, losses.style, optimizer.observe(gradient))).cpu().double().numpy()
@@ -333,7 +358,7 @@ class _Run:
         if not np.isfinite(values).all():
             return None, products
         total, content, variation = values[: len(scalars)].tolist()
-        styles = dict(zip(objective.style_layers, values[len(scalars) : count].tolist(), strict=True))
+        styles = dict(zip(closure.style_layers, values[len(scalars) : count].tolist(), strict=True))
         work = float(self._work[self._index])
         return Iterate(self._index, self._iterations, work, optimizer.x[0], total, content, variation, styles), products
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nst_model import FeatureModel, Style, StylizeOptions, load_artifact, save_artifact
+from nst_model.objective import interpreted
 
 Picture = Callable[[int, int, int], torch.Tensor]
 
@@ -25,7 +26,7 @@ def test_saved_and_loaded_is_identical(tiny_model: FeatureModel, picture: Pictur
 
     assert found == metadata
     image, content = picture(33, 57, 2)[None], picture(33, 57, 3)[None]
-    with torch.jit.optimized_execution(False):  # as the optimizer runs it
+    with interpreted():  # as the optimizer runs it
         losses, gradient = objective.loss_and_gradient(image, objective.content_targets(content))
         again, gradient_again = loaded.loss_and_gradient(image, loaded.content_targets(content))
     assert all(torch.equal(one, other) for one, other in zip(losses, again, strict=True))
