@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from typing import Any
 from nst_model.errors import InvalidOption
 
 MAX_WEIGHT = 1e9
+MAX_LIST = 100
 
 
 class Preset(StrEnum):
@@ -32,6 +33,9 @@ class Init(StrEnum):
 
     CONTENT = "content"
     NOISE = "noise"
+    GRAY = "gray"
+    STYLE_STATISTICS = "style_statistics"
+    IMAGE = "image"
 
 
 class StyleLoss(StrEnum):
@@ -55,6 +59,31 @@ class ContentLoss(StrEnum):
     SELF_SIMILARITY = "self_similarity"
 
 
+class Optimizer(StrEnum):
+    """What minimizes the objective."""
+
+    LBFGS = "lbfgs"
+    ADAM = "adam"
+
+
+class Color(StrEnum):
+    """Where the picture's colours come from."""
+
+    STYLE = "style"
+    LUMINANCE = "luminance"
+    CHOLESKY = "cholesky"
+    PCA = "pca"
+    SYMMETRIC = "symmetric"
+    HISTOGRAM = "histogram"
+
+
+class TvNorm(StrEnum):
+    """Which norm of the differences of neighbouring pixels the total variation takes."""
+
+    L2 = "l2"
+    L1 = "l1"
+
+
 class Padding(StrEnum):
     """What lies beyond the picture's edge, for the first convolution."""
 
@@ -67,6 +96,7 @@ class Pooling(StrEnum):
 
     MAX = "max"
     AVERAGE = "average"
+    L2 = "l2"
 
 
 class Precision(StrEnum):
@@ -136,6 +166,23 @@ class StylizeOptions:
     )
     tv_weight: float = _option(2.0, "Weight of the total variation: how smooth the picture is.", 0, MAX_WEIGHT)
     padding: Padding = _option(Padding.REPLICATE, "What lies beyond the picture's edge, for the first convolution.")
+    scale_iterations: tuple[int, ...] = _option(
+        (),
+        "Iterations at each scale from the coarsest on, in place of `iterations`; the last serves those left.",
+        1,
+        10_000,
+    )
+    optimizer: Optimizer = _option(Optimizer.LBFGS, "What minimizes the objective.")
+    learning_rate: float = _option(0.02, "Step size of Adam, in units of the picture's range.", 1e-5, 1)
+    averaging: float = _option(
+        0.0, "Decay of the running average of the iterates that is shown and returned; 0 for none.", 0, 0.999
+    )
+    color: Color = _option(Color.STYLE, "Where the picture's colours come from.")
+    tv_norm: TvNorm = _option(TvNorm.L2, "Which norm of the pixels' differences the total variation takes.")
+    laplacian_weight: float = _option(
+        0.0, "Weight of the Laplacian loss: how closely the content's outlines are kept.", 0, MAX_WEIGHT
+    )
+    deterministic: bool = _option(False, "The same bytes each time on the same machine, GPUs included.")
 
     @classmethod
     def of(cls, preset: Preset | str = Preset.FINE, **given: Any) -> StylizeOptions:
@@ -233,6 +280,10 @@ def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
         return _checked_choice(option.name, value, type(default))
     if isinstance(default, Mapping):
         return _checked_weights(option.name, value, bounds)
+    if isinstance(default, tuple):
+        return _checked_whole_numbers(option.name, value, bounds)
+    if isinstance(default, bool):
+        return _checked_truth(option.name, value)
     return _checked_number(option.name, value, type(default), bounds)
 
 
@@ -252,6 +303,20 @@ def _checked_weights(name: str, value: Any, bounds: Bounds) -> LayerWeights:
     if not math.fsum(weights.values()) > 0:
         raise InvalidOption(name, "must have at least one weight above 0")
     return MappingProxyType(weights)
+
+
+def _checked_whole_numbers(name: str, value: Any, bounds: Bounds) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InvalidOption(name, f"must be a list of numbers, not {value!r}")
+    if len(value) > MAX_LIST:
+        raise InvalidOption(name, f"must have at most {MAX_LIST} entries, not {len(value)}")
+    return tuple(_checked_number(f"{name}[{place}]", entry, int, bounds) for place, entry in enumerate(value))
+
+
+def _checked_truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidOption(name, f"must be true or false, not {value!r}")
+    return value
 
 
 def _checked_number(name: str, value: Any, kind: type, bounds: Bounds) -> Any:

@@ -50,6 +50,9 @@ def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
         if _is_map(field):
             if weights := dict(getattr(message, field.name)):
                 given[field.name] = weights
+        elif field.is_repeated:
+            if values := list(getattr(message, field.name)):
+                given[field.name] = values
         elif field.enum_type is not None:
             if number := getattr(message, field.name):
                 given[field.name] = _choice_name(field, number)
@@ -68,6 +71,8 @@ def options_to_proto(options: StylizeOptions) -> options_pb2.StylizeOptions:
         value = getattr(options, field.name)
         if _is_map(field):
             getattr(message, field.name).update(value)
+        elif field.is_repeated:
+            getattr(message, field.name).extend(value)
         elif field.enum_type is not None:
             setattr(message, field.name, _choice_number(field, value))
         else:
@@ -95,6 +100,12 @@ def describe_options() -> Iterator[options_pb2.OptionDescription]:
         elif isinstance(default, Mapping):
             message.type = options_pb2.OPTION_TYPE_LAYER_WEIGHTS
             message.default_value.struct_value.CopyFrom(_struct(default))
+        elif isinstance(default, tuple):
+            message.type = options_pb2.OPTION_TYPE_INTEGERS
+            message.default_value.list_value.extend(default)
+        elif isinstance(default, bool):
+            message.type = options_pb2.OPTION_TYPE_BOOLEAN
+            message.default_value.bool_value = default
         else:
             message.type = OPTION_TYPES[type(default)]
             message.default_value.number_value = default

@@ -18,7 +18,11 @@ from nst_server import convert
 
 FIELDS = {field.name: field for field in options_pb2.StylizeOptions.DESCRIPTOR.fields}
 OPTIONS = {option.name: option for option in dataclasses.fields(StylizeOptions)}
-WIRE_TYPES = {int: {FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_UINT32}, float: {FieldDescriptor.TYPE_DOUBLE}}
+WIRE_TYPES = {
+    bool: {FieldDescriptor.TYPE_BOOL},
+    int: {FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_UINT32},
+    float: {FieldDescriptor.TYPE_DOUBLE},
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,9 @@ def test_wire_type_fits(name: str) -> None:
     elif isinstance(default, Mapping):
         entry = field.message_type.fields_by_name
         assert (entry["key"].type, entry["value"].type) == (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_DOUBLE)
+    elif isinstance(default, tuple):
+        assert field.is_repeated
+        assert field.type == FieldDescriptor.TYPE_INT32
     else:
         assert field.has_presence
         assert field.type in WIRE_TYPES[type(default)]
@@ -98,6 +105,14 @@ def test_every_option_survives_the_round_trip() -> None:
         first_size_px=64,
         tv_weight=0.5,
         padding="zeros",
+        scale_iterations=[3, 2, 1],
+        optimizer="adam",
+        learning_rate=0.05,
+        averaging=0.5,
+        color="pca",
+        tv_norm="l1",
+        laplacian_weight=3,
+        deterministic=True,
     )
     assert all(getattr(changed, name) != default_of(option) for name, option in OPTIONS.items())
     assert convert.options_from_proto(convert.options_to_proto(changed)) == changed
@@ -139,6 +154,8 @@ def _value(message: options_pb2.OptionDescription) -> Any:
     match message.default_value.WhichOneof("kind"):
         case "struct_value":
             return dict(message.default_value.struct_value)
+        case "list_value":
+            return tuple(message.default_value.list_value)
         case kind:
             return getattr(message.default_value, kind)
 
@@ -148,4 +165,6 @@ def _written(value: Any) -> str:
         return str(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{layer}: {weight}" for layer, weight in value.items()) + "}"
+    if isinstance(value, bool | tuple):
+        return str(value).lower() if value else "none" if value == () else "false"
     return f"{value:.10g}" if isinstance(value, int) else str(value).replace("1000000000.0", "1e+09")
