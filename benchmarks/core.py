@@ -128,7 +128,7 @@ def loss_in_fp32(
     model: FeatureModel, content: Tensor, style: Tensor, picture: Tensor, options: StylizeOptions
 ) -> float:
     """Return the objective at a picture, computed in fp32 whatever it was optimized in."""
-    objective = model.objective(model.style_targets(Style(style), options), options)
+    objective = model.objective([model.style_targets(Style(style), options)], options)
     return float(objective(picture[None], objective.content_targets(content[None])).total)
 
 

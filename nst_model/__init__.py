@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nst_model.descent import Iterate, StopReason
     from nst_model.devices import available_devices, resolve_device, resolve_precision
     from nst_model.losses import gram
     from nst_model.objective import Losses, Objective, load_artifact, save_artifact, script
-    from nst_model.stylization import FeatureModel, Iterate, StopReason, Style, from_pixels, stylize, to_pixels
+    from nst_model.stylization import FeatureModel, Style, from_pixels, stylize, to_pixels
     from nst_model.weights import FeatureWeights, fetch, load_weights
 
 from nst_model.errors import (
@@ -26,7 +27,19 @@ from nst_model.errors import (
     WeightsUnavailable,
 )
 from nst_model.models import CARDS, DEFAULT_MODEL, ModelCard, model_card
-from nst_model.options import ContentLoss, Init, Padding, Pooling, Precision, Preset, StyleLoss, StylizeOptions
+from nst_model.options import (
+    Color,
+    ContentLoss,
+    Init,
+    Optimizer,
+    Padding,
+    Pooling,
+    Precision,
+    Preset,
+    StyleLoss,
+    StylizeOptions,
+    TvNorm,
+)
 
 _LAZY = {
     "available_devices": "devices",
@@ -39,8 +52,8 @@ _LAZY = {
     "save_artifact": "objective",
     "script": "objective",
     "FeatureModel": "stylization",
-    "Iterate": "stylization",
-    "StopReason": "stylization",
+    "Iterate": "descent",
+    "StopReason": "descent",
     "Style": "stylization",
     "from_pixels": "stylization",
     "stylize": "stylization",
@@ -53,6 +66,7 @@ _LAZY = {
 __all__ = [
     "CARDS",
     "DEFAULT_MODEL",
+    "Color",
     "ContentLoss",
     "DeviceUnavailable",
     "FeatureModel",
@@ -65,6 +79,7 @@ __all__ = [
     "ModelCard",
     "NstModelError",
     "Objective",
+    "Optimizer",
     "Padding",
     "Pooling",
     "Precision",
@@ -73,6 +88,7 @@ __all__ = [
     "Style",
     "StyleLoss",
     "StylizeOptions",
+    "TvNorm",
     "UnknownModel",
     "WeightsCorrupt",
     "WeightsUnavailable",

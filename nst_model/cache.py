@@ -8,7 +8,7 @@ from pathlib import Path
 import platformdirs
 import safetensors
 
-FORMAT = "1"
+FORMAT = "2"
 """Version of the cached files and of the calibration in them. Raised when either changes."""
 
 

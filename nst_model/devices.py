@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from nst_model.errors import DeviceUnavailable
@@ -42,6 +46,18 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision is not Precision.AUTO:
         return precision
     return Precision.BF16 if _fast_bf16(device) else Precision.FP32
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Compute by repeatable algorithms only, within the block: on a GPU sums are not formed in the same order else."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _fast_bf16(device: torch.device) -> bool:

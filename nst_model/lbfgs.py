@@ -16,6 +16,8 @@ Two departures from the textbook, both for this problem:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ FIRST_STEP_RMS = 0.02
 
 MAX_STEP_RMS = 0.05
 """Largest root mean square of any later step."""
+
+OVERSHOOT = 2.0
+"""A step that multiplies the loss by more than this is backed up from."""
 
 BACK = 0.25
 """How far an overshooting step is made good again: this part of it is kept."""
@@ -37,7 +42,7 @@ class LBFGS:
     """The memory of one minimization: what a checkpoint needs to go on exactly.
 
     Each iteration calls `observe` with the gradient at `x`, carries the returned products to the host (along with
-    whatever else it wants from there) and calls `step` with them, which moves `x`.
+    whatever else it wants from there) and calls `step` with them and the objective, which moves `x`.
 
     Args:
         start: first x, any shape, fp32. Not modified.
@@ -59,6 +64,7 @@ class LBFGS:
         self._candidate: int | None = None  # row of the pair that the next gradient completes
         self._g: Tensor | None = None
         self._g_before: Tensor | None = None
+        self._loss = math.inf  # at the point that the last step was made from
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps a quarter as long: what to do after a step led nowhere."""
@@ -68,6 +74,7 @@ class LBFGS:
         self._slots.clear()
         self._candidate = None
         self._g = None
+        self._loss = math.inf
 
     def observe(self, gradient: Tensor) -> Tensor:
         """Return the inner products that `step` needs, one vector on the device, given the gradient at `x`."""
@@ -81,9 +88,16 @@ class LBFGS:
         products = self._pairs[:rows].flatten(0, 1) @ torch.stack((g, newest_y)).T
         return torch.cat((products.flatten(), g.dot(g)[None]))
 
-    def step(self, products: np.ndarray) -> None:
-        """Move `x` along -H·g, given what `observe` returned, as float64 on the host."""
+    def step(self, products: np.ndarray, loss: float) -> None:
+        """Move `x` along -H·g, given what `observe` returned, as float64 on the host, and the objective at `x`.
+
+        If the last step raised the objective too much, it is taken back in part instead.
+        """
         assert self._g is not None, "observe a gradient before each step"
+        if loss > OVERSHOOT * self._loss:
+            self._back_up()
+            return
+        self._loss = loss
         table = products[:-1].reshape(-1, 2, 2)  # pair, (s, y), (g, newest y)
         self._remember(table[:, :, 1])
         coefficients, gamma = self._direction(table[:, :, 0])
@@ -98,8 +112,7 @@ class LBFGS:
         self._candidate = self._free_row()
         self._pairs[self._candidate, 0] = d
 
-    def back_up(self) -> None:
-        """Take back three quarters of the last step, in place of `step`, after it raised the objective too much."""
+    def _back_up(self) -> None:
         assert self._candidate is not None, "there is no step to take back"
         s = self._pairs[self._candidate, 0]
         self.x = self.x - ((1 - BACK) * s).view_as(self.x)

@@ -4,7 +4,8 @@ Shapes: C channels, H and W positions of a layer. Features are (1, C, H, W), fp3
 images. Every loss is a mean over entries, so that it means the same for every layer and size.
 
 A style loss compares a *statistic* of the picture's features with the style's. What is kept of a style, its targets,
-is a small dictionary of tensors by layer; targets of several styles mix linearly.
+is a small dictionary of tensors by layer; targets of several styles mix linearly. Statistics are taken over all
+positions alike or, in a region, by weights (H·W,) that sum to 1.
 """
 
 # Annotations stay objects in this module (no `from __future__ import annotations`): TorchScript reads them.
@@ -31,21 +32,30 @@ def as_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
-def gram(features: Tensor) -> Tensor:
+def mean_row(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean of rows (P, C): (C,)."""
+    return rows.mean(dim=0) if weights is None else weights @ rows
+
+
+def gram(features: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the Gram matrix of features (1, C, H, W): (C, C), the mean over positions of the outer product.
 
     Divides by H·W, so that it means the same at every size; Gatys et al. (2016), eq. 3, does not.
     """
     rows = as_rows(features)
-    # The number of positions stays an integer: a float would be baked into an exported graph.
-    return rows.t() @ rows / rows.shape[0]
+    if weights is None:
+        # The number of positions stays an integer: a float would be baked into an exported graph.
+        return rows.t() @ rows / rows.shape[0]
+    return (rows * weights[:, None]).t() @ rows
 
 
-def covariance(features: Tensor) -> Tensor:
+def covariance(features: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the covariance matrix of features (1, C, H, W) over positions: (C, C), the Gram matrix about the mean."""
     rows = as_rows(features)
-    rows = rows - rows.mean(dim=0, keepdim=True)
-    return rows.t() @ rows / rows.shape[0]
+    rows = rows - mean_row(rows, weights)
+    if weights is None:
+        return rows.t() @ rows / rows.shape[0]
+    return (rows * weights[:, None]).t() @ rows
 
 
 def square_roots(matrix: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
@@ -84,10 +94,20 @@ def directions(channels: int) -> Tensor:
     return columns
 
 
-def quantiles(features: Tensor, onto: Tensor, count: int = 512) -> Tensor:
+def quantiles(features: Tensor, onto: Tensor, weights: Tensor | None = None, count: int = 512) -> Tensor:
     """Return the quantile functions of features (1, C, H, W) projected on directions (C, D): (D, count)."""
-    ranked = (as_rows(features) @ onto).t().sort(dim=1).values
-    return F.interpolate(ranked[None], size=count, mode="linear", align_corners=True)[0]
+    ranked, order = (as_rows(features) @ onto).t().sort(dim=1)
+    if weights is None:
+        return F.interpolate(ranked[None], size=count, mode="linear", align_corners=True)[0]
+    # Each value stands in the middle of its share of the distribution.
+    share = weights[order]
+    place = share.cumsum(dim=1) - share / 2
+    wanted = torch.linspace(0, 1, count, device=ranked.device).expand(ranked.shape[0], count).contiguous()
+    above = torch.searchsorted(place, wanted).clamp(1, ranked.shape[1] - 1)
+    below = above - 1
+    start, end = place.gather(1, below), place.gather(1, above)
+    part = ((wanted - start) / (end - start).clamp_min(1e-12)).clamp(0, 1)
+    return torch.lerp(ranked.gather(1, below), ranked.gather(1, above), part)
 
 
 class GramLoss(nn.Module):
@@ -99,9 +119,9 @@ class GramLoss(nn.Module):
         super().__init__()
         self.register_buffer("gram", targets["gram"])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(gram(features), self.gram)
+        return F.mse_loss(gram(features, weights), self.gram)
 
 
 class CovarianceLoss(nn.Module):
@@ -113,9 +133,9 @@ class CovarianceLoss(nn.Module):
         super().__init__()
         self.register_buffer("covariance", targets["gram"] - torch.outer(targets["mean"], targets["mean"]))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(covariance(features), self.covariance)
+        return F.mse_loss(covariance(features, weights), self.covariance)
 
 
 class MeanStdLoss(nn.Module):
@@ -130,11 +150,12 @@ class MeanStdLoss(nn.Module):
         self.register_buffer("mean", targets["mean"])
         self.register_buffer("std", variance.clamp_min(0).add(1e-8).sqrt())
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
         rows = as_rows(features)
-        std = (rows.var(dim=0, unbiased=False) + 1e-8).sqrt()
-        return F.mse_loss(rows.mean(dim=0), self.mean) + F.mse_loss(std, self.std)
+        mean = mean_row(rows, weights)
+        std = (mean_row((rows - mean).square(), weights) + 1e-8).sqrt()
+        return F.mse_loss(mean, self.mean) + F.mse_loss(std, self.std)
 
 
 class WassersteinLoss(nn.Module):
@@ -154,19 +175,21 @@ class WassersteinLoss(nn.Module):
         self.register_buffer("covariance", wanted)
         self.register_buffer("root", square_roots(wanted)[0])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
         rows = as_rows(features)
-        mean = rows.mean(dim=0)
+        mean = mean_row(rows, weights)
         rows = rows - mean
         positions, channels = rows.shape
+        # From here on rowsᵀ · rows is the covariance. The root is of an integer: a float would be baked into a graph.
+        rows = rows * ((torch.ones_like(rows[:, 0]) / positions) if weights is None else weights).sqrt()[:, None]
         if positions < channels:
-            # K'^½ K K'^½ and (rows K' rowsᵀ) / P have the same eigenvalues, zeros apart; at coarse scales the latter
-            # is much smaller.
-            overlap = trace_of_root(rows @ self.covariance @ rows.t() / positions)
+            # K'^½ K K'^½ and rows · K' · rowsᵀ have the same eigenvalues, zeros apart; at coarse scales the latter is
+            # much smaller.
+            overlap = trace_of_root(rows @ self.covariance @ rows.t())
         else:
-            overlap = trace_of_root(self.root @ (rows.t() @ rows / positions) @ self.root)
-        spread = rows.square().sum() / positions + self.covariance.trace() - 2 * overlap
+            overlap = trace_of_root(self.root @ (rows.t() @ rows) @ self.root)
+        spread = rows.square().sum() + self.covariance.trace() - 2 * overlap
         return F.mse_loss(mean, self.mean) + spread / channels
 
 
@@ -181,9 +204,9 @@ class SlicedLoss(nn.Module):
         self.register_buffer("quantiles", targets["quantiles"])
         self.register_buffer("directions", targets["directions"])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(quantiles(features, self.directions), self.quantiles)
+        return F.mse_loss(quantiles(features, self.directions, weights), self.quantiles)
 
 
 class DirectLoss(nn.Module):
@@ -195,10 +218,10 @@ class DirectLoss(nn.Module):
         super().__init__()
         self.register_buffer("features", targets["features"])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar; the style's map is stretched to their size."""
         wanted = F.interpolate(self.features, size=features.shape[2:], mode="bilinear", align_corners=False)
-        return F.mse_loss(features, wanted)
+        return mean_row(as_rows((features - wanted).square()), weights).mean()
 
 
 class CrossLoss(nn.Module):
@@ -213,11 +236,12 @@ class CrossLoss(nn.Module):
         super().__init__()
         self.register_buffer("features", targets["features"])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar; the style's map is stretched to their size."""
         style = F.interpolate(self.features, size=features.shape[2:], mode="bilinear", align_corners=False)
         rows = as_rows(style)
-        return F.mse_loss(as_rows(features).t() @ rows / rows.shape[0], gram(style))
+        weighted = rows / rows.shape[0] if weights is None else rows * weights[:, None]
+        return F.mse_loss(as_rows(features).t() @ weighted, rows.t() @ weighted)
 
 
 STYLE_LOSSES: Mapping[StyleLoss, Callable[[Targets], nn.Module]] = {
@@ -234,17 +258,17 @@ MOMENTS = frozenset({StyleLoss.GRAM, StyleLoss.COVARIANCE, StyleLoss.MEAN_STD, S
 """Losses whose targets are the mean and the Gram matrix."""
 
 
-def style_targets(features: Tensor, loss: StyleLoss) -> dict[str, Tensor]:
-    """Return what `loss` needs of a style's features (1, C, H, W) at one layer.
+def style_targets(features: Tensor, loss: StyleLoss, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """Return what `loss` needs of a style's features (1, C, H, W) at one layer, those of one region by `weights`.
 
     `mean` (C,) and `gram` (C, C) for the losses on moments; `quantiles` (D, Q) and `directions` (C, D) for SLICED;
     `features` for DIRECT and CROSS.
     """
     if loss in MOMENTS:
-        return {"mean": as_rows(features).mean(dim=0), "gram": gram(features)}
+        return {"mean": mean_row(as_rows(features), weights), "gram": gram(features, weights)}
     if loss is StyleLoss.SLICED:
         onto = directions(features.shape[1]).to(features)
-        return {"quantiles": quantiles(features, onto), "directions": onto}
+        return {"quantiles": quantiles(features, onto, weights), "directions": onto}
     return {"features": features}
 
 

@@ -26,17 +26,17 @@ class Stage(nn.Module):
     name: Final[str]
     tapped: Final[bool]
     pooled: Final[bool]
-    average: Final[bool]
+    pooling: Final[str]
     padding: Final[int]
 
     def __init__(
-        self, name: str, weight: Tensor, bias: Tensor, *, tapped: bool, pooled: bool, average: bool, padding: int
+        self, name: str, weight: Tensor, bias: Tensor, *, tapped: bool, pooled: bool, pooling: str, padding: int
     ) -> None:
         super().__init__()
         self.name = name
         self.tapped = tapped
         self.pooled = pooled
-        self.average = average
+        self.pooling = pooling
         self.padding = padding
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
@@ -47,8 +47,15 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's features, in the trunk's precision."""
         if self.pooled:
-            x = F.avg_pool2d(x, 2) if self.average else F.max_pool2d(x, 2)
+            x = self._pool(x)
         return torch.relu_(F.conv2d(x, self.weight, self.bias, padding=[self.padding, self.padding]))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.pooling == "average":
+            return F.avg_pool2d(x, 2)
+        if self.pooling == "l2":
+            return (F.avg_pool2d(x.square(), 2) + 1e-12).sqrt()  # the root has no slope at 0
+        return F.max_pool2d(x, 2)
 
 
 class Trunk(nn.Module):
@@ -110,7 +117,7 @@ def build_trunk(
     for convolution in weights.architecture.convolutions:
         here = weights.mean_activation[pooling][convolution.layer]
         weight, bias = weights.convolutions[convolution.layer]
-        # ReLU and both poolings are positively homogeneous, so dividing a layer's output by a constant and
+        # ReLU and every pooling are positively homogeneous, so dividing a layer's output by a constant and
         # multiplying the next one's input by it changes nothing else (Gatys et al., 2016, section 2).
         stages.append(
             Stage(
@@ -119,7 +126,7 @@ def build_trunk(
                 (bias / here).to(device, dtype),
                 tapped=convolution.layer in wanted,
                 pooled=convolution.pooled,
-                average=pooling is Pooling.AVERAGE,
+                pooling=pooling.value,
                 padding=0 if padding is Padding.REPLICATE and not stages else 1,
             )
         )

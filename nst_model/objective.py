@@ -1,6 +1,6 @@
 """The objective of one stylization, as a module that TorchScript compiles: trunk, style targets and losses in one.
 
-Shapes: C channels, H and W positions of a layer. A picture is (1, 3, H, W), RGB, fp32, nominally in [0, 1].
+Shapes: C channels, H and W positions of a layer, R regions. A picture is (1, 3, H, W), RGB, fp32, nominally in [0, 1].
 """
 
 # Annotations stay objects in this module (no `from __future__ import annotations`): TorchScript reads them.
@@ -8,7 +8,7 @@ Shapes: C channels, H and W positions of a layer. A picture is (1, 3, H, W), RGB
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets
 from nst_model.network import Trunk
-from nst_model.options import StylizeOptions, relative
+from nst_model.options import StylizeOptions, TvNorm, relative
 
 METADATA_FILE = "nst.json"
 
@@ -28,46 +28,69 @@ class Losses(NamedTuple):
     """The objective and what it is made of.
 
     Attributes:
-        total: content_weight · content + style_weight · Σ weight · style + tv_weight · variation, a scalar.
+        total: content_weight · content + style_weight · Σ weight · style + tv_weight · variation +
+            laplacian_weight · laplacian, a scalar.
         content: the content loss before its weight, a scalar.
         variation: the total variation before its weight, a scalar.
+        laplacian: the Laplacian loss before its weight, a scalar; 0 if its weight is.
         style: each style layer's loss before any weight, (L,), in the order of `Objective.style_layers`.
     """
 
     total: Tensor
     content: Tensor
     variation: Tensor
+    laplacian: Tensor
     style: Tensor
 
 
-def total_variation(image: Tensor) -> Tensor:
+def total_variation(image: Tensor, absolute: bool = False) -> Tensor:
     """Return the mean squared difference of neighbouring pixels of a picture (1, 3, H, W), eight neighbours each.
 
-    Diagonal pairs count half, being twice as far apart squared (the nine-point stencil).
+    Diagonal pairs count half, being twice as far apart squared (the nine-point stencil). With `absolute`, the mean of
+    the differences' magnitudes, smooth below a thousandth of the picture's range.
     """
     padded = F.pad(image, [1, 1, 1, 1], mode="replicate")
-    down = padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1]
-    across = padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1]
-    one = padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1]
-    other = padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:]
-    diagonals = one.square().mean() + other.square().mean()
-    return (down.square().mean() + across.square().mean() + 0.5 * diagonals) / 3
+    down = _magnitude(padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1], absolute)
+    across = _magnitude(padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1], absolute)
+    one = _magnitude(padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1], absolute)
+    other = _magnitude(padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:], absolute)
+    return (down + across + 0.5 * (one + other)) / 3
+
+
+def _magnitude(difference: Tensor, absolute: bool) -> Tensor:
+    squares = difference.square()
+    if absolute:
+        return ((squares + 1e-6).sqrt() - 1e-3).mean()
+    return squares.mean()
+
+
+def outlines(image: Tensor) -> Tensor:
+    """Return the Laplacian of a picture (1, 3, H, W) averaged over 4×4 pixels (Li et al., 2017), each channel apart."""
+    small = F.pad(F.avg_pool2d(image, 4), [1, 1, 1, 1], mode="replicate")
+    centre = small[:, :, 1:-1, 1:-1]
+    beside = small[:, :, 1:-1, 2:] + small[:, :, 1:-1, :-2]
+    return small[:, :, 2:, 1:-1] + small[:, :, :-2, 1:-1] + beside - 4 * centre
 
 
 class LayerLoss(nn.Module):
-    """A style loss at one layer, and the layer's relative weight."""
+    """The style losses at one layer, one for each region, and the layer's relative weight."""
 
     weight: float
+    shares: Final[list[float]]
 
-    def __init__(self, loss: nn.Module, weight: float) -> None:
+    def __init__(self, losses: Sequence[nn.Module], shares: Sequence[float], weight: float) -> None:
         super().__init__()
-        self.loss = loss
+        self.losses = nn.ModuleList(losses)
+        self.shares = list(shares)
         self.weight = weight
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar, before its weight."""
-        value: Tensor = self.loss(features)
-        return value
+    def forward(self, features: Tensor, regions: Tensor | None) -> Tensor:
+        """Return the loss of features (1, C, H, W), a scalar, before its weight; `regions` are (R, H·W)."""
+        total = torch.zeros((), device=features.device)
+        for region, loss in enumerate(self.losses):
+            weights = None if regions is None else regions[region]
+            total = total + self.shares[region] * loss(features, weights)
+        return total
 
 
 class LayerComparison(nn.Module):
@@ -87,88 +110,139 @@ class LayerComparison(nn.Module):
 
 
 class Objective(nn.Module):
-    """What is minimized: a function of the picture and of the content's features.
+    """What is minimized: a function of the picture, of the content's features and of where the regions are.
 
     The style's targets are buffers: they are saved with the module, and those made of moments serve any picture size.
-    The content's features have the size of the picture, so they are an argument.
+    What has the size of the picture is an argument: the content's targets, and the regions.
 
     Args:
         trunk: the feature model; must tap every layer that the options name.
-        style_targets: layer → what the style loss keeps of the style; see `losses.style_targets`.
+        styles: for each region, layer → what the style loss keeps of the style; see `losses.style_targets`.
         options: which losses, layers and weights.
+        shares: how much each region counts; they sum to 1 if every pixel belongs to some region.
     """
 
     content_weight: float
     style_weight: float
     tv_weight: float
+    laplacian_weight: float
+    absolute_tv: Final[bool]
+    outlined: Final[bool]
     style_layers: Final[list[str]]
     content_layers: Final[list[str]]
 
-    def __init__(self, trunk: Trunk, style_targets: Mapping[str, Targets], options: StylizeOptions) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        styles: Sequence[Mapping[str, Targets]],
+        options: StylizeOptions,
+        shares: Sequence[float] = (1.0,),
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.style_weight = options.style_weight
         self.content_weight = options.content_weight
         self.tv_weight = options.tv_weight
+        self.laplacian_weight = options.laplacian_weight
+        self.absolute_tv = options.tv_norm is TvNorm.L1
+        self.outlined = options.laplacian_weight > 0
         style, content = relative(options.style_layers), relative(options.content_layers)
         self.style_layers = list(style)
         self.content_layers = list(content)
         style_loss, content_loss = STYLE_LOSSES[options.style_loss], CONTENT_LOSSES[options.content_loss]
-        self.style = nn.ModuleDict({name: LayerLoss(style_loss(style_targets[name]), style[name]) for name in style})
+        self.style = nn.ModuleDict(
+            {
+                name: LayerLoss([style_loss(targets[name]) for targets in styles], shares, weight)
+                for name, weight in style.items()
+            }
+        )
         self.content = nn.ModuleDict({name: LayerComparison(content_loss(), content[name]) for name in content})
 
-    def forward(self, image: Tensor, content: dict[str, Tensor]) -> Losses:
-        """Return the losses of a picture (1, 3, H, W), given `content_targets` of the content image."""
-        return self._losses(image, self.trunk(image), content)
+    def forward(self, image: Tensor, content: dict[str, Tensor], regions: dict[str, Tensor] | None = None) -> Losses:
+        """Return the losses of a picture (1, 3, H, W).
 
-    def _losses(self, image: Tensor, features: dict[str, Tensor], content: dict[str, Tensor]) -> Losses:
+        Args:
+            image: the picture.
+            content: `content_targets` of the content image, of the picture's size.
+            regions: layer → weights of the positions in each region, (R, H·W), each row summing to 1; None for one
+                region everywhere.
+        """
+        return self._losses(image, self.trunk(image), content, regions)
+
+    def _losses(
+        self,
+        image: Tensor,
+        features: dict[str, Tensor],
+        content: dict[str, Tensor],
+        regions: dict[str, Tensor] | None,
+    ) -> Losses:
         content_loss = torch.zeros((), device=image.device)
         for layer, comparison in self.content.items():
             content_loss = content_loss + comparison.weight * comparison(features[layer], content[layer])
         style_loss = torch.zeros((), device=image.device)
         style_losses: list[Tensor] = []
         for layer, loss in self.style.items():
-            value = loss(features[layer])
+            value = loss(features[layer], None if regions is None else regions[layer])
             style_losses.append(value)
             style_loss = style_loss + loss.weight * value
-        variation = total_variation(image)
+        variation = total_variation(image, self.absolute_tv)
         total = self.content_weight * content_loss + self.style_weight * style_loss + self.tv_weight * variation
-        return Losses(total, content_loss, variation, torch.stack(style_losses))
+        laplacian = torch.zeros((), device=image.device)
+        if self.outlined:
+            laplacian = F.mse_loss(outlines(image), content["outlines"])
+            total = total + self.laplacian_weight * laplacian
+        return Losses(total, content_loss, variation, laplacian, torch.stack(style_losses))
 
     @torch.jit.export
-    def loss_and_gradient(self, image: Tensor, content: dict[str, Tensor]) -> tuple[Losses, Tensor]:
+    def loss_and_gradient(
+        self, image: Tensor, content: dict[str, Tensor], regions: dict[str, Tensor] | None = None
+    ) -> tuple[Losses, Tensor]:
         """Return the losses of a picture and the total's gradient, (1, 3, H, W). One closure of the optimizer.
 
         Does not work under the caller's `torch.no_grad`.
         """
         image = image.detach().requires_grad_(True)
-        return self._differentiated(image, self.forward(image, content))
+        return self._differentiated(image, self.forward(image, content, regions))
 
     @torch.jit.export
-    def begin(self, content: Tensor) -> tuple[dict[str, Tensor], Losses, Tensor]:
+    def begin(
+        self, content: Tensor, regions: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Losses, Tensor]:
         """Return `content_targets` of the content image, and its own `loss_and_gradient`, by one pass of the trunk.
 
         For an optimization that starts from the content, (1, 3, H, W).
         """
         image = content.detach().requires_grad_(True)
         features = self.trunk(image)
-        targets = {layer: features[layer].detach() for layer in self.content_layers}
-        losses, gradient = self._differentiated(image, self._losses(image, features, targets))
+        targets = self._targets(image, features)
+        losses, gradient = self._differentiated(image, self._losses(image, features, targets, regions))
         return targets, losses, gradient
+
+    @torch.jit.export
+    def content_targets(self, image: Tensor) -> dict[str, Tensor]:
+        """Return what the picture is compared with, of the content image: layer → features (1, C, H, W).
+
+        With a Laplacian weight also `outlines` → `outlines` of the image.
+        """
+        return self._targets(image, self.trunk(image.detach()))
+
+    def _targets(self, image: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        targets = {layer: features[layer].detach() for layer in self.content_layers}
+        if self.outlined:
+            targets["outlines"] = outlines(image.detach())
+        return targets
 
     def _differentiated(self, image: Tensor, losses: Losses) -> tuple[Losses, Tensor]:
         gradient = torch.autograd.grad([losses.total], [image])[0]
         assert gradient is not None
         detached = Losses(
-            losses.total.detach(), losses.content.detach(), losses.variation.detach(), losses.style.detach()
+            losses.total.detach(),
+            losses.content.detach(),
+            losses.variation.detach(),
+            losses.laplacian.detach(),
+            losses.style.detach(),
         )
         return detached, gradient
-
-    @torch.jit.export
-    def content_targets(self, image: Tensor) -> dict[str, Tensor]:
-        """Return the features that the content is compared at, layer → (1, C, H, W), of the content image."""
-        features = self.trunk(image.detach())
-        return {layer: features[layer].detach() for layer in self.content_layers}
 
 
 def script(objective: Objective) -> torch.jit.ScriptModule:

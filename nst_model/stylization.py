@@ -6,12 +6,12 @@ clips. The optimization itself is not clipped: that would break L-BFGS's curvatu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -19,55 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nst_model.devices import resolve_device, resolve_precision
-from nst_model.errors import InvalidImage
-from nst_model.lbfgs import LBFGS
+from nst_model.color import gray, moments, recolored, with_luminance
+from nst_model.descent import Closure, Descent, Iterate
+from nst_model.devices import deterministic, resolve_device, resolve_precision
+from nst_model.errors import InvalidImage, InvalidOption
 from nst_model.losses import Targets, mixed_targets, style_targets
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
-from nst_model.objective import Losses, Objective, interpreted, script
-from nst_model.options import Init, Precision, StylizeOptions, relative
+from nst_model.objective import Objective, interpreted, script
+from nst_model.options import Color, Init, Precision, StyleLoss, StylizeOptions, relative
+from nst_model.regions import Layout, layer_weights
 from nst_model.weights import FeatureWeights
 
-NOISE_MEAN, NOISE_SPREAD = 0.5, 0.1
-OVERSHOOT = 2.0
-"""A step that multiplies the loss by more than this is backed up from."""
-MAX_RESTARTS = 5
-"""Restarts without a better picture after which a loss that is infinite or NaN again ends the run."""
-
-
-class StopReason(StrEnum):
-    """Why a run ended by itself."""
-
-    ITERATIONS = "iterations"
-    DIVERGED = "diverged"
-    CONVERGED = "converged"
-
-
-@dataclass(frozen=True)
-class Iterate:
-    """One point of the optimization: a picture and the objective at that very picture.
-
-    Attributes:
-        index: 0 for the starting picture, 1 after the first step, and so on, through all scales.
-        iterations: index of the last iterate, if nothing ends the run before.
-        work: part of the run's work that is done, in (0, 1]: an iteration's work is its number of pixels.
-        picture: (3, H, W) RGB on the device, of its scale's size, unclipped. Never modified afterwards.
-        loss: the objective. Losses of different scales are not comparable.
-        content_loss: before its weight.
-        tv_loss: the total variation, before its weight.
-        style_losses: layer → loss, before any weight.
-        stop_reason: why the run ends with this iterate; None while it goes on.
-    """
-
-    index: int
-    iterations: int
-    work: float
-    picture: Tensor
-    loss: float
-    content_loss: float
-    tv_loss: float
-    style_losses: Mapping[str, float]
-    stop_reason: StopReason | None = None
+GRAY, NOISE_SPREAD = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -76,17 +39,22 @@ class Style:
 
     Attributes:
         picture: (3, H, W) RGB in [0, 1], of the size it has beside the finished picture.
-        weight: share of this style, relative to the others'.
-        name: whatever tells it from others, for a cache of its targets.
+        weight: share of this style, relative to the others' of its region.
+        name: whatever tells it from others, for a cache of its targets; empty if they must not be kept.
+        region: (H', W') in [0, 1], of the content's proportions: where it belongs. None for wherever no other does.
+        mask: (H', W') in [0, 1], of `picture`'s proportions: which part of it makes the style. None for all.
     """
 
     picture: Tensor
     weight: float = 1.0
     name: str = ""
+    region: Tensor | None = None
+    mask: Tensor | None = None
 
     def scaled(self, scale: float) -> Style:
         """Return the style with its picture scaled."""
-        return dataclasses.replace(self, picture=resized(self.picture, round(max(self.picture.shape[1:]) * scale)))
+        size = size_of(self.picture, round(max(self.picture.shape[1:]) * scale))
+        return dataclasses.replace(self, picture=of_size(self.picture, size))
 
 
 LayerTargets = Mapping[str, Targets]
@@ -135,19 +103,29 @@ class FeatureModel:
     def style_targets(self, style: Style, options: StylizeOptions) -> dict[str, dict[str, Tensor]]:
         """Return what the options' style loss keeps of a style, at each of their style layers."""
         _check_picture(style.picture, "style")
+        layers = relative(options.style_layers)
+        weights: dict[str, Tensor] = {}
+        if style.mask is not None:
+            seen = layer_weights(
+                style.mask.to(self.device)[None], style.picture.shape[1:], layers, self.weights.architecture
+            )
+            weights = {layer: regions[0] for layer, regions in seen.items()}
         with torch.no_grad():
             features = self.trunk(options)(style.picture.to(self.device)[None])
-            return {
-                layer: style_targets(features[layer], options.style_loss) for layer in relative(options.style_layers)
-            }
+            return {layer: style_targets(features[layer], options.style_loss, weights.get(layer)) for layer in layers}
 
-    def objective(self, targets: LayerTargets, options: StylizeOptions) -> torch.jit.ScriptModule:
-        """Return the scripted objective for a style's targets: what is minimized, and what can be saved."""
-        here = {
-            layer: {name: tensor.to(self.device) for name, tensor in at_layer.items()}
-            for layer, at_layer in targets.items()
-        }
-        return script(Objective(self.trunk(options), here, options))
+    def objective(
+        self, styles: Sequence[LayerTargets], options: StylizeOptions, region_shares: Sequence[float] = (1.0,)
+    ) -> torch.jit.ScriptModule:
+        """Return the scripted objective for each region's style targets: what is minimized, and what can be saved."""
+        here = [
+            {
+                layer: {name: tensor.to(self.device) for name, tensor in at_layer.items()}
+                for layer, at_layer in targets.items()
+            }
+            for targets in styles
+        ]
+        return script(Objective(self.trunk(options), here, options, region_shares))
 
 
 def mixed(parts: Sequence[tuple[float, LayerTargets]]) -> dict[str, dict[str, Tensor]]:
@@ -176,12 +154,19 @@ def scales(longer_edge_px: int, shorter_edge_px: int, first_px: int) -> list[int
         found.append(smaller)
 
 
-def resized(picture: Tensor, longer_edge_px: int) -> Tensor:
-    """Return a picture (3, H, W) scaled to a longer edge in pixels, in [0, 1], at least MIN_EDGE_PX on each edge."""
-    if max(picture.shape[1:]) == longer_edge_px:
-        return picture
+def size_of(picture: Tensor, longer_edge_px: int) -> tuple[int, int]:
+    """Return height and width, at least MIN_EDGE_PX, of a picture (3, H, W) scaled to a longer edge in pixels."""
     scale = longer_edge_px / max(picture.shape[1:])
-    return _interpolated(picture, [max(MIN_EDGE_PX, round(edge * scale)) for edge in picture.shape[1:]])
+    height, width = (max(MIN_EDGE_PX, round(edge * scale)) for edge in picture.shape[1:])
+    return height, width
+
+
+def of_size(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a picture (C, H, W) scaled to a height and width, clipped to [0, 1] if that changes it."""
+    if tuple(picture.shape[1:]) == tuple(size):
+        return picture
+    scaled: Tensor = F.interpolate(picture[None], size=list(size), mode="bicubic", antialias=True)[0]
+    return scaled.clamp(0, 1)
 
 
 def stylize(
@@ -190,70 +175,134 @@ def stylize(
     styles: Sequence[Style],
     options: StylizeOptions,
     *,
+    start: Tensor | None = None,
     targets_of: TargetsOf | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Iterate]:
     """Yield the starting picture and then one iterate for each iteration, scale after scale.
 
-    One iteration is one step and one evaluation of the objective and its gradient. Each scale makes
-    `options.iterations` of them; the last step of a scale is evaluated at the next one. The run ends when all are
-    made, or when it has converged or diverged at the last scale: the last iterate says which. When `stop` is set it
-    ends before the next evaluation, without a last word. An iterate is never NaN or infinite.
+    One iteration is one step and one evaluation of the objective and its gradient. The last step of a scale is
+    evaluated at the next one. The run ends when all iterations are made, or when it has converged or diverged at the
+    last scale: the last iterate says which. When `stop` is set it ends before the next evaluation, without a last word.
+    An iterate is never NaN or infinite.
 
     Args:
         model: the feature model, on its device.
         content: (3, H, W) RGB in [0, 1], already of the size that the result shall have.
         styles: of the sizes they have beside the finished picture; smaller at coarser scales.
         options: see StylizeOptions. `size_px` and `style_scale` are the caller's affair.
+        start: (3, H, W) RGB in [0, 1], the picture that Init.IMAGE starts from; of any size.
         targets_of: in place of `model.style_targets`, to keep what it returns.
         stop: looked at between evaluations, from any thread.
 
     Raises InvalidImage or InvalidOption.
     """
-    _check_picture(content, "content")
+    _check(content, styles, options, start)
     options.check_layers(model.weights.architecture.layers)
-    content = content.to(model.device)
-    edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
-    run = _Run(options, stop, [edge**2 for edge in edges])
-    picture = starting_picture(resized(content, edges[0]), options)
-    for edge in edges:
-        here = resized(content, edge)
-        parts = []
-        for style in styles:
-            if stop is not None and stop.is_set():
+    with deterministic() if options.deterministic else contextlib.nullcontext():
+        scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
+        edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
+        descent = Descent(options, [edge**2 for edge in edges], stop)
+        picture = scene.starting_picture(start)
+        for edge in edges:
+            closure = scene.closure(edge, at_content=edge == edges[0] and options.init is Init.CONTENT, stop=stop)
+            if closure is None:
                 return
-            parts.append((style.weight, (targets_of or model.style_targets)(style.scaled(edge / edges[-1]), options)))
-        objective = model.objective(mixed(parts), options)
-        start = picture if picture.shape == here.shape else _interpolated(picture, list(here.shape[1:]))
-        at_content = edge == edges[0] and options.init is Init.CONTENT
-        closure = _Closure(objective, None if at_content else content_targets(objective, here))
-        after = yield from run.scale(closure, start[None])
-        if after is None:
-            return
-        picture = after[0]
+            begin = of_size(picture, scene.size(edge))
+            after = yield from descent.scale(closure, begin[None], scene.shown)
+            if after is None:
+                return
+            picture = after[0]
 
 
-def starting_picture(content: Tensor, options: StylizeOptions) -> Tensor:
-    """Return the picture to start from, of the content's shape (3, H, W)."""
-    match options.init:
-        case Init.CONTENT:
-            return content
-        case Init.NOISE:
-            # Drawn on the CPU, so that a seed means the same on every device.
-            noise = torch.randn(content.shape, generator=torch.Generator().manual_seed(options.seed))
-            return (NOISE_MEAN + NOISE_SPREAD * noise).to(content.device)
+class _Scene:
+    """What a stylization is of: the content, and the styles where they belong."""
 
+    def __init__(
+        self,
+        model: FeatureModel,
+        content: Tensor,
+        styles: Sequence[Style],
+        options: StylizeOptions,
+        targets_of: TargetsOf,
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._targets_of = targets_of
+        self._photo = content.to(model.device)
+        self._luminance_only = options.color is Color.LUMINANCE
+        self._content = gray(self._photo) if self._luminance_only else self._photo
+        self._styles = [self._recolored(style) for style in styles]
+        self._layout = Layout.of(
+            [None if style.region is None else self._fitting(style.region) for style in styles],
+            [style.weight for style in styles],
+        )
 
-def minimize(
-    objective: Any,
-    targets: dict[str, Tensor],
-    start: Tensor,
-    options: StylizeOptions,
-    *,
-    stop: threading.Event | None = None,
-) -> Iterator[Iterate]:
-    """Yield the iterates of L-BFGS on a scripted objective, from `start` (1, 3, H, W), at one scale. See `stylize`."""
-    yield from _Run(options, stop, [1]).scale(_Closure(objective, targets), start)
+    def size(self, edge: int) -> tuple[int, int]:
+        """Return the height and width of the picture with a longer edge, pixels."""
+        return size_of(self._content, edge)
+
+    def closure(self, edge: int, *, at_content: bool, stop: threading.Event | None) -> Closure | None:
+        """Return the objective at the scale of a longer edge, pixels; None if it is not wanted any more.
+
+        `at_content` says that the first picture will be the content.
+        """
+        here = of_size(self._content, self.size(edge))
+        smaller = edge / max(self._content.shape[1:])
+        targets = []
+        for group in self._layout.members:
+            parts = []
+            for style in (self._styles[place] for place in group):
+                if stop is not None and stop.is_set():
+                    return None
+                if style.weight > 0:
+                    parts.append((style.weight, self._targets_of(style.scaled(smaller), self._options)))
+            targets.append(mixed(parts))
+        objective = self._model.objective(targets, self._options, self._layout.shares)
+        regions = None
+        if self._layout.regions is not None:
+            architecture = self._model.weights.architecture
+            regions = layer_weights(self._layout.regions, here.shape[1:], objective.style_layers, architecture)
+        return Closure(objective, None if at_content else content_targets(objective, here), regions)
+
+    def starting_picture(self, given: Tensor | None) -> Tensor:
+        """Return the picture to start from, (3, H, W), of the content's shape; `given` is that of Init.IMAGE."""
+        content, options = self._content, self._options
+        # Drawn on the CPU, so that a seed means the same on every device.
+        noise = torch.randn(content.shape, generator=torch.Generator().manual_seed(options.seed))
+        match options.init:
+            case Init.CONTENT:
+                return content
+            case Init.NOISE:
+                return (GRAY + NOISE_SPREAD * noise).to(content)
+            case Init.GRAY:
+                return torch.full_like(content, GRAY)
+            case Init.STYLE_STATISTICS:
+                mean, covariance = _mixed_moments(self._styles)
+                pixels: Tensor = mean[:, None] + torch.linalg.cholesky(covariance) @ noise.flatten(1).double()
+                return pixels.view(content.shape).clamp(0, 1).to(content)
+            case Init.IMAGE:
+                assert given is not None, "checked before"
+                picture = of_size(given.to(content), content.shape[1:])
+                return gray(picture) if self._luminance_only else picture
+        raise AssertionError(options.init)
+
+    def shown(self, picture: Tensor) -> Tensor:
+        """Return what is shown of an iterate: in luminance mode, with the photograph's chroma."""
+        if not self._luminance_only:
+            return picture
+        return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
+
+    def _fitting(self, mask: Tensor) -> Tensor:
+        height, width = self._photo.shape[1:]
+        fitting: Tensor = F.adaptive_avg_pool2d(mask.to(self._photo)[None], (height, width))[0]
+        return fitting
+
+    def _recolored(self, style: Style) -> Style:
+        if self._options.color is Color.STYLE:
+            return style
+        picture = recolored(style.picture.to(self._photo), self._photo, self._options.color)
+        return dataclasses.replace(style, picture=picture, name="")
 
 
 def content_targets(objective: Any, content: Tensor) -> dict[str, Tensor]:
@@ -263,104 +312,15 @@ def content_targets(objective: Any, content: Tensor) -> dict[str, Tensor]:
     return targets
 
 
-class _Closure:
-    """The objective of one scale, as the optimizer calls it.
-
-    Args:
-        targets: the objective's `content_targets`; None says that the first picture is the content itself, whose
-            targets then need no pass of their own.
-    """
-
-    def __init__(self, objective: Any, targets: dict[str, Tensor] | None) -> None:
-        self.style_layers: list[str] = objective.style_layers
-        self._objective = objective
-        self._targets = targets
-
-    def __call__(self, image: Tensor) -> tuple[Losses, Tensor]:
-        """Return the losses of a picture (1, 3, H, W), and the gradient."""
-        with interpreted():
-            if self._targets is None:
-                self._targets, losses, gradient = self._objective.begin(image)
-            else:
-                losses, gradient = self._objective.loss_and_gradient(image, self._targets)
-        return losses, gradient
-
-
-class _Run:
-    """One run through all scales: counts iterations and work, and remembers where it stands.
-
-    Args:
-        pixels: how much work an iteration at each scale is, in proportion.
-    """
-
-    def __init__(self, options: StylizeOptions, stop: threading.Event | None, pixels: Sequence[float]) -> None:
-        self._options = options
-        self._stop = stop
-        self._iterations = options.iterations * len(pixels)
-        per_iteration = [edge for edge in pixels for _ in range(options.iterations)] + [pixels[-1]]
-        done = np.cumsum(per_iteration)
-        self._work = done / done[-1]
-        self._index = 0
-
-    def scale(self, closure: _Closure, start: Tensor) -> Generator[Iterate, None, Tensor | None]:
-        """Yield one scale's iterates; return the picture (1, 3, H, W) to go on with, None when the run is over."""
-        end = self._index + self._options.iterations
-        final = end == self._iterations
-        optimizer = LBFGS(start, min(self._options.history, self._options.iterations))
-        best: Iterate | None = None
-        loss_before = math.inf
-        failures = 0
-        while self._index < end + final:
-            if self._stop is not None and self._stop.is_set():
-                return None
-            iterate, products = self._evaluate(closure, optimizer)
-            self._index += 1
-            if iterate is None:
-                failures += 1
-                if best is None or failures > MAX_RESTARTS:
-                    break
-                optimizer.restart(best.picture[None])
-                loss_before = math.inf
-                continue
-            if best is None or iterate.loss < best.loss:
-                best, failures = iterate, 0
-            converged = products[-1] == 0  # the squared norm of the gradient
-            if final and (converged or iterate.index == end):
-                reason = StopReason.CONVERGED if converged else StopReason.ITERATIONS
-                yield dataclasses.replace(iterate, work=1.0, stop_reason=reason)
-                return None
-            yield iterate
-            if converged:
-                break
-            if iterate.loss > OVERSHOOT * loss_before:
-                optimizer.back_up()
-            else:
-                loss_before = iterate.loss
-                optimizer.step(products)
-        if best is None:
-            raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
-        if final:
-            reason = StopReason.DIVERGED if failures > MAX_RESTARTS else StopReason.ITERATIONS
-            yield dataclasses.replace(best, work=1.0, stop_reason=reason)
-            return None
-        ended_early = self._index < end
-        self._index = end
-        return best.picture[None] if ended_early or failures else optimizer.x
-
-    def _evaluate(self, closure: _Closure, optimizer: LBFGS) -> tuple[Iterate | None, np.ndarray]:
-        """Evaluate the objective once; return the iterate, None if it is not finite, and the optimizer's products."""
-        losses, gradient = closure(optimizer.x)
-        # Everything that the host wants to know crosses at once: one synchronization an iteration.
-        scalars = torch.stack((losses.total, losses.content, losses.variation))
-        values = torch.cat((scalars, losses.style, optimizer.observe(gradient))).cpu().double().numpy()
-        count = len(scalars) + len(losses.style)
-        products = values[count:]
-        if not np.isfinite(values).all():
-            return None, products
-        total, content, variation = values[: len(scalars)].tolist()
-        styles = dict(zip(closure.style_layers, values[len(scalars) : count].tolist(), strict=True))
-        work = float(self._work[self._index])
-        return Iterate(self._index, self._iterations, work, optimizer.x[0], total, content, variation, styles), products
+def _mixed_moments(styles: Sequence[Style]) -> tuple[Tensor, Tensor]:
+    """Return the mean (3,) and the covariance (3, 3) of the styles' colours, mixed by weight."""
+    total = math.fsum(style.weight for style in styles)
+    mean, square = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for style in styles:
+        own, covariance = moments(style.picture)
+        mean += style.weight / total * own
+        square += style.weight / total * (covariance + torch.outer(own, own))
+    return mean, square - torch.outer(mean, mean)
 
 
 def to_pixels(picture: Tensor) -> np.ndarray:
@@ -374,9 +334,28 @@ def from_pixels(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
-def _interpolated(picture: Tensor, size: list[int]) -> Tensor:
-    """Return a picture (3, H, W) at another size (H', W'), clipped to [0, 1]."""
-    return F.interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+def _check(content: Tensor, styles: Sequence[Style], options: StylizeOptions, start: Tensor | None) -> None:
+    _check_picture(content, "content")
+    if (options.init is Init.IMAGE) != (start is not None):
+        raise InvalidOption("init", "image must come with a picture to start from, and every other init without one")
+    if start is not None:
+        _check_picture(start, "start")
+    for number, style in enumerate(styles):
+        _check_mask(style.region, f"styles[{number}].region")
+        _check_mask(style.mask, f"styles[{number}].mask")
+        if style.mask is not None and options.style_loss in (StyleLoss.DIRECT, StyleLoss.CROSS):
+            raise InvalidOption(
+                "style_loss", f"{options.style_loss} compares position by position, so no style may have a mask"
+            )
+
+
+def _check_mask(mask: Tensor | None, name: str) -> None:
+    if mask is None:
+        return
+    if mask.ndim != 2 or min(mask.shape) < 1:
+        raise InvalidImage(f"{name} must have shape (H, W), not {tuple(mask.shape)}")
+    if not mask.max() > 0:
+        raise InvalidImage(f"{name} is black everywhere, so it selects nothing")
 
 
 def _check_picture(picture: Tensor, name: str) -> None:

@@ -102,6 +102,7 @@ def describe_options() -> Iterator[options_pb2.OptionDescription]:
             message.default_value.struct_value.CopyFrom(_struct(default))
         elif isinstance(default, tuple):
             message.type = options_pb2.OPTION_TYPE_INTEGERS
+            message.default_value.list_value.SetInParent()  # an empty list is a value, too
             message.default_value.list_value.extend(default)
         elif isinstance(default, bool):
             message.type = options_pb2.OPTION_TYPE_BOOLEAN

@@ -18,7 +18,7 @@ Picture = Callable[[int, int, int], torch.Tensor]
 def test_saved_and_loaded_is_identical(tiny_model: FeatureModel, picture: Picture, tmp_path: Path) -> None:
     """Losses and gradient bit for bit, at a size other than the style's, and the metadata as it was."""
     options = StylizeOptions()
-    objective = tiny_model.objective(tiny_model.style_targets(Style(picture(48, 40, 1)), options), options)
+    objective = tiny_model.objective([tiny_model.style_targets(Style(picture(48, 40, 1)), options)], options)
     metadata = {"model": "vgg16", "weights_sha256": tiny_model.weights.sha256, "layers": list(options.style_layers)}
 
     save_artifact(objective, tmp_path / "objective.pt", metadata)
@@ -36,7 +36,7 @@ def test_saved_and_loaded_is_identical(tiny_model: FeatureModel, picture: Pictur
 def test_artifact_needs_nothing_of_this_project(tiny_model: FeatureModel, picture: Picture, tmp_path: Path) -> None:
     """A process that only has torch loads it and takes a gradient."""
     options = StylizeOptions()
-    objective = tiny_model.objective(tiny_model.style_targets(Style(picture(48, 40, 1)), options), options)
+    objective = tiny_model.objective([tiny_model.style_targets(Style(picture(48, 40, 1)), options)], options)
     save_artifact(objective, tmp_path / "objective.pt", {})
     program = (
         "import sys, warnings; warnings.simplefilter('ignore'); import torch\n"

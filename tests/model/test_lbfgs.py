@@ -16,7 +16,7 @@ def run(optimizer: LBFGS, gradient_of: object, iterations: int) -> list[torch.Te
     points = [optimizer.x]
     for _ in range(iterations):
         products = optimizer.observe(gradient_of(optimizer.x))  # type: ignore[operator]
-        optimizer.step(products.double().numpy())
+        optimizer.step(products.double().numpy(), 0.0)
         points.append(optimizer.x)
     return points
 

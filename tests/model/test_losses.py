@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 
 from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, covariance, gram, mixed_targets, square_roots, style_targets
-from nst_model.objective import total_variation
+from nst_model.objective import outlines, total_variation
 from nst_model.options import ContentLoss, StyleLoss
 
 DISTRIBUTIONS = [loss for loss in StyleLoss if loss not in (StyleLoss.DIRECT, StyleLoss.CROSS)]
@@ -180,6 +180,36 @@ def test_total_variation_by_hand() -> None:
     # Padded to 5×5 there are 12 vertical and 12 horizontal pairs, 16 of each diagonal; two of each touch the pixel.
     assert float(total_variation(image)) == pytest.approx((2 / 12 + 2 / 12 + 0.5 * (2 / 16 + 2 / 16)) / 3)
     assert float(total_variation(torch.full((1, 3, 8, 8), 0.7))) == 0
+
+
+def test_total_variation_of_magnitudes_by_hand() -> None:
+    """A step of height 1: half as much for half the height, where squares give a quarter."""
+    step = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    step[:, :, :, 4:] = 1
+    one, half = (float(total_variation(height * step, absolute=True)) for height in (1.0, 0.5))
+    assert one == pytest.approx(float(total_variation(step)), rel=0.01)
+    assert half == pytest.approx(0.5 * one, rel=0.01)
+    assert float(total_variation(torch.zeros_like(step), absolute=True)) == 0
+
+
+def test_total_variation_of_magnitudes_has_a_gradient_everywhere() -> None:
+    """On flat pictures, too."""
+    _check_gradient(lambda x: total_variation(x, absolute=True), random(1, 3, 4, 4, seed=3).requires_grad_())
+    flat = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    total_variation(flat, absolute=True).backward()
+    assert flat.grad is not None
+    assert flat.grad.isfinite().all()
+
+
+def test_outlines_by_hand() -> None:
+    """One white block of 4×4 pixels in black: -4 there, 1 beside it, of the averages."""
+    image = torch.zeros(1, 3, 20, 20)
+    image[:, :, 8:12, 8:12] = 1
+    found = outlines(image)[0, 0]
+    assert found.shape == (5, 5)
+    assert found[2, 2] == -4
+    assert found[1, 2] == found[2, 1] == found[2, 3] == found[3, 2] == 1
+    assert float(found.sum()) == 0
 
 
 def test_quantiles_of_styles_mix_to_their_barycentre() -> None:

@@ -12,7 +12,7 @@ import pytest
 from nst_model import Init, InvalidOption, Pooling, Precision, StylizeOptions
 from nst_model.options import PRESETS, bounds_of, default_of, relative
 
-NUMBERS = [option for option in dataclasses.fields(StylizeOptions) if isinstance(default_of(option), int | float)]
+NUMBERS = [option for option in dataclasses.fields(StylizeOptions) if type(default_of(option)) in (int, float)]
 
 
 @pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
@@ -41,7 +41,7 @@ def test_both_bounds_are_allowed_and_nothing_beyond(option: dataclasses.Field[An
         ({"content_weight": math.inf}, "content_weight must be finite, not inf"),
         ({"style_weight": "much"}, "style_weight must be a number, not 'much'"),
         ({"seed": True}, "seed must be a number, not True"),
-        ({"init": "photo"}, "init must be one of content, noise, not 'photo'"),
+        ({"init": "photo"}, "init must be one of content, noise, gray, style_statistics, image, not 'photo'"),
         ({"content_weight": 0, "style_weight": 0}, "must not both be 0"),
         ({"style_layers": {"relu1_1": math.nan}}, r"style_layers\[relu1_1\] must be finite, not nan"),
         ({"style_layers": {"relu1_1": -1}}, r"style_layers\[relu1_1\] must be at least 0, not -1"),

@@ -13,6 +13,7 @@ from nst_model import DeviceUnavailable, Precision, resolve_device, resolve_prec
 
 PUBLIC = [
     "CARDS",
+    "Color",
     "ContentLoss",
     "DEFAULT_MODEL",
     "DeviceUnavailable",
@@ -26,6 +27,7 @@ PUBLIC = [
     "ModelCard",
     "NstModelError",
     "Objective",
+    "Optimizer",
     "Padding",
     "Pooling",
     "Precision",
@@ -34,6 +36,7 @@ PUBLIC = [
     "Style",
     "StyleLoss",
     "StylizeOptions",
+    "TvNorm",
     "UnknownModel",
     "WeightsCorrupt",
     "WeightsUnavailable",

@@ -21,8 +21,10 @@ from nst_model import (
     Style,
     StylizeOptions,
 )
+from nst_model.descent import minimize
+from nst_model.lbfgs import OVERSHOOT
 from nst_model.objective import interpreted
-from nst_model.stylization import OVERSHOOT, content_targets, minimize, mixed, scales
+from nst_model.stylization import content_targets, mixed, scales
 
 Picture = Callable[[int, int, int], torch.Tensor]
 
@@ -42,9 +44,9 @@ class Counting:
         self._spoiled = spoiled
         self.style_layers = objective.style_layers
 
-    def loss_and_gradient(self, image: torch.Tensor, targets: dict[str, torch.Tensor]) -> Any:
+    def loss_and_gradient(self, image: torch.Tensor, targets: dict[str, torch.Tensor], regions: Any) -> Any:
         self.evaluations += 1
-        losses, gradient = self._objective.loss_and_gradient(image, targets)
+        losses, gradient = self._objective.loss_and_gradient(image, targets, regions)
         if self._spoiled(self.evaluations):
             return losses, gradient * math.nan
         return losses, gradient
@@ -54,7 +56,7 @@ class Counting:
 def problem(tiny_model: FeatureModel, picture: Picture) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
     """A scripted objective, its content targets and a start."""
     options = StylizeOptions.of("gatys")
-    objective = tiny_model.objective(tiny_model.style_targets(Style(picture(32, 40, 2)), options), options)
+    objective = tiny_model.objective([tiny_model.style_targets(Style(picture(32, 40, 2)), options)], options)
     content = picture(36, 28, 1)[None]
     return objective, content_targets(objective, content[0]), content
 
@@ -72,7 +74,7 @@ def test_iterates_carry_the_objective_at_their_own_picture(tiny_model: FeatureMo
     options = StylizeOptions.of("gatys", iterations=3)
     styles = [Style(picture(32, 40, 2))]
     content = picture(36, 28, 1)
-    objective = tiny_model.objective(tiny_model.style_targets(styles[0], options), options)
+    objective = tiny_model.objective([tiny_model.style_targets(styles[0], options)], options)
     targets = content_targets(objective, content)
     for iterate in nst_model.stylize(tiny_model, content, styles, options):
         with interpreted():

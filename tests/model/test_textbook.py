@@ -87,7 +87,7 @@ def test_losses_and_gradient_agree(
         pooling=pooling,
     )
     image, content, style = (picture(height, width, seed)[None] for seed in (5, 6, 7))
-    objective = tiny_model.objective(tiny_model.style_targets(Style(style[0]), options), options)
+    objective = tiny_model.objective([tiny_model.style_targets(Style(style[0]), options)], options)
 
     with interpreted():
         losses, gradient = objective.loss_and_gradient(image, objective.content_targets(content))
@@ -143,7 +143,7 @@ def test_scripted_module_is_the_eager_one_bit_for_bit(
         style_loss=style_loss, content_loss=content_loss, style_layers={"relu1_1": 1, "relu3_1": 1}
     )
     model = FeatureModel(tiny_weights, "cpu")
-    eager = Objective(model.trunk(options), model.style_targets(Style(picture(40, 44, 1)), options), options)
+    eager = Objective(model.trunk(options), [model.style_targets(Style(picture(40, 44, 1)), options)], options)
     image, content = picture(41, 35, 2)[None], picture(41, 35, 3)[None]
 
     losses, gradient = eager.loss_and_gradient(image, eager.content_targets(content))
@@ -168,7 +168,7 @@ def test_bf16_stays_close_to_fp32(tiny_model: FeatureModel, picture: Picture) ->
         options = StylizeOptions.of("gatys", precision=precision)
         targets = tiny_model.style_targets(Style(style), options)
         assert all(matrix.dtype == torch.float32 for at_layer in targets.values() for matrix in at_layer.values())
-        objective = tiny_model.objective(targets, options)
+        objective = tiny_model.objective([targets], options)
         with interpreted():
             losses, gradient = objective.loss_and_gradient(content[None], objective.content_targets(content[None]))
         assert losses.total.dtype == gradient.dtype == torch.float32

@@ -18,6 +18,17 @@ MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(1, 3, 1, 1)
 
 
+def pooled(x: Tensor, pooling: Pooling) -> Tensor:
+    """Halve the resolution: the maximum, the mean or the root mean square of 2×2."""
+    match pooling:
+        case Pooling.MAX:
+            return F.max_pool2d(x, 2)
+        case Pooling.AVERAGE:
+            return F.avg_pool2d(x, 2)
+        case Pooling.L2:
+            return (F.lp_pool2d(x, 2, 2).square() / 4 + 1e-12).sqrt()
+
+
 class Textbook:
     """A VGG with torchvision's weights and preprocessing."""
 
@@ -34,7 +45,7 @@ class Textbook:
         found = {}
         for block, count in enumerate(self.architecture.convolutions_per_block, start=1):
             if block > 1:
-                x = F.max_pool2d(x, 2) if pooling is Pooling.MAX else F.avg_pool2d(x, 2)
+                x = pooled(x, pooling)
             for position in range(1, count + 1):
                 index = self._index(block, position)
                 x = F.relu(

@@ -1,0 +1,69 @@
+"""Adam (Kingma and Ba, 2015): the optimizer that needs no curvature, and so cannot be led astray by it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
+EPSILON = 1e-8
+
+
+class Adam:
+    """The memory of one minimization by Adam, with the interface of `LBFGS`.
+
+    The second moment decays by 0.99, not 0.999, and x stays in [0, 1], as suits pictures (Crowson, 2021).
+
+    Args:
+        start: first x, any shape, fp32. Not modified.
+        learning_rate: step size, in units of x.
+
+    Attributes:
+        x: the current point, of `start`'s shape. Replaced by each step, never modified in place.
+    """
+
+    def __init__(self, start: Tensor, learning_rate: float) -> None:
+        self.x = start.detach().clone()
+        self._learning_rate = learning_rate
+        self._mean = torch.zeros_like(start)
+        self._square = torch.zeros_like(start)
+        self._steps = 0
+        self._g: Tensor | None = None
+
+    def restart(self, x: Tensor) -> None:
+        """Go on from `x`, without memory and with steps half as long."""
+        self.x = x
+        self._learning_rate /= 2
+        self._mean.zero_()
+        self._square.zero_()
+        self._steps = 0
+
+    def observe(self, gradient: Tensor) -> Tensor:
+        """Return the squared norm of the gradient at `x`, as a vector of one."""
+        self._g = gradient.detach()
+        return self._g.square().sum()[None]
+
+    def step(self, products: np.ndarray, loss: float) -> None:  # noqa: ARG002 - the interface of LBFGS
+        """Move `x` against the gradient last observed."""
+        assert self._g is not None, "observe a gradient before each step"
+        self._steps += 1
+        self._mean.lerp_(self._g, 1 - MEAN_DECAY)
+        self._square.lerp_(self._g.square(), 1 - SQUARE_DECAY)
+        mean = self._mean / (1 - MEAN_DECAY**self._steps)
+        square = self._square / (1 - SQUARE_DECAY**self._steps)
+        self.x = (self.x - self._learning_rate * mean / (square.sqrt() + EPSILON)).clamp(0, 1)
+
+    def carried(self, start: Tensor) -> Adam:
+        """Return an optimizer that goes on at another size, (1, 3, H, W), from `start`, with this one's moments.
+
+        The moments count gradients, and those of a picture of n pixels are as 1/n.
+        """
+        other = Adam(start, self._learning_rate)
+        finer = self.x.numel() / start.numel()
+        size = list(start.shape[2:])
+        other._mean = F.interpolate(self._mean, size=size, mode="bicubic", antialias=True) * finer
+        other._square = F.interpolate(self._square, size=size, mode="bilinear", antialias=True).clamp_min(0) * finer**2
+        other._steps = self._steps
+        return other

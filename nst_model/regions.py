@@ -1,0 +1,117 @@
+"""Regions: which part of the picture takes which style, and how far the network's features belong to it.
+
+After the guided Gram matrices of Gatys, Ecker, Bethge, Hertzmann and Shechtman (2017), "Controlling Perceptual
+Factors in Neural Style Transfer". Masks are (H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nst_model.architecture import Architecture
+
+
+def partition(masks: Sequence[Tensor], *, rest: bool) -> Tensor:
+    """Return regions (R, H, W) that sum to 1 at every pixel, or to less where nothing was asked for.
+
+    Args:
+        masks: of one size. They are divided by their sum where it is above 1.
+        rest: whether what they leave over is a region of its own, the last one.
+    """
+    stacked = torch.stack([mask.clamp(0, 1) for mask in masks])
+    total = stacked.sum(dim=0)
+    regions = stacked / total.clamp_min(1)
+    return torch.cat((regions, (1 - total).clamp_min(0)[None])) if rest else regions
+
+
+def layer_weights(
+    regions: Tensor, size: Sequence[int], layers: Iterable[str], architecture: Architecture
+) -> dict[str, Tensor]:
+    """Return layer → weights of its positions in each region, (R, positions), each row summing to 1.
+
+    A feature sees as far as its receptive field. One at a region's edge is half made of what lies beyond, and to
+    match it with the style would leak the style outward, so weights fall to 0 at the edge and are whole where the
+    receptive field lies inside; in a region that is smaller than the receptive field, its middle stands for it.
+
+    Args:
+        regions: (R, H, W); every one has a pixel above 0.
+        size: height and width of the picture that the features are of, pixels.
+        layers: the layers wanted.
+        architecture: of the feature model.
+    """
+    found = {}
+    for convolution in architecture.convolutions:
+        if convolution.layer not in layers:
+            continue
+        stride = convolution.stride_px
+        positions = (max(1, size[0] // stride), max(1, size[1] // stride))
+        here = F.adaptive_avg_pool2d(regions[None], positions)[0]
+        sight = architecture.receptive_field_px(convolution.layer) // stride // 2
+        inside = F.avg_pool2d(here[None], 2 * sight + 1, stride=1, padding=sight, count_include_pad=False)[0]
+        inside = (here * inside).flatten(1)
+        weights = (2 * inside / inside.amax(dim=1, keepdim=True) - 1).clamp_min(0)
+        found[convolution.layer] = weights / weights.sum(dim=1, keepdim=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which styles belong where.
+
+    Attributes:
+        members: for each region, the places of its styles in the caller's list.
+        regions: (R, H, W), summing to 1 or less at every pixel; None for one region everywhere.
+        shares: how much each region's style loss counts.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    regions: Tensor | None
+    shares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor | None], weights: Sequence[float]) -> Layout:
+        """Return the layout of styles, each with its mask, None for wherever no mask is, and its weight.
+
+        Masks are of one size. Equal ones are one region. A region that is nowhere, or whose styles weigh nothing, is
+        left out. Raises ValueError if none is left.
+        """
+        everywhere = tuple(place for place, mask in enumerate(masks) if mask is None)
+        if len(everywhere) == len(masks):
+            return cls((everywhere,), None, (1.0,))
+        different, members = _grouped(masks)
+        regions = partition(different, rest=bool(everywhere))
+        if everywhere:
+            members.append(everywhere)
+        areas = regions.mean(dim=(1, 2)).tolist()
+        # By area, so that every pixel is painted alike; and by weight.
+        sizes = [area * sum(weights[place] for place in group) for area, group in zip(areas, members, strict=True)]
+        kept = [region for region, size in enumerate(sizes) if size > 0]
+        if not kept:
+            raise ValueError("styles must have at least one weight above 0")
+        whole = sum(areas[region] for region in kept)
+        return cls(
+            tuple(members[region] for region in kept),
+            regions[kept],
+            tuple(whole * sizes[region] / sum(sizes) for region in kept),
+        )
+
+
+def _grouped(masks: Sequence[Tensor | None]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """Return the different masks, and for each the places where it stands."""
+    different: list[Tensor] = []
+    members: list[tuple[int, ...]] = []
+    for place, mask in enumerate(masks):
+        if mask is None:
+            continue
+        same = next((number for number, other in enumerate(different) if torch.equal(mask, other)), None)
+        if same is None:
+            different.append(mask)
+            members.append((place,))
+        else:
+            members[same] += (place,)
+    return different, members
