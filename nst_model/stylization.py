@@ -323,10 +323,14 @@ def _mixed_moments(styles: Sequence[Style]) -> tuple[Tensor, Tensor]:
     return mean, square - torch.outer(mean, mean)
 
 
-def to_pixels(picture: Tensor) -> np.ndarray:
-    """Return a picture (3, H, W) as HWC uint8 in [0, 255], RGB, clipped and rounded, on the host."""
-    pixels = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
-    return pixels.permute(1, 2, 0).cpu().contiguous().numpy()
+def to_pixels(picture: Tensor, *, bits: int = 8) -> np.ndarray:
+    """Return a picture (3, H, W) as HWC RGB, clipped and rounded, on the host.
+
+    uint8 in [0, 255], or with 16 `bits` uint16 in [0, 65535].
+    """
+    levels = picture.clamp(0, 1).mul(2**bits - 1).round()
+    pixels = levels.to(torch.uint8 if bits == 8 else torch.int32)  # torch computes little in uint16
+    return pixels.permute(1, 2, 0).cpu().contiguous().numpy().astype(f"uint{bits}", copy=False)
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nst_model import CARDS, InvalidOption, ModelCard, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
@@ -147,17 +149,35 @@ class Application:
             options.check_layers(card.architecture.layers)
         except InvalidOption as error:
             raise InvalidField(f"options.{error.field}", error.reason) from error
-        content = images.decode(request.content, "content.data", self._max_pixels)
+        picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
+        content, alpha = images.filled(images.fit(picture, options.size_px, "content.data"))
+        styles, described = self._job_styles(request.styles, options)
         return JobSpec(
             model=card.name,
             options=options,
-            content=images.fit(content, options.size_px, "content.data"),
-            styles=self._job_styles(request.styles, options),
+            content=content,
+            styles=styles,
             preview_interval=request.preview.interval,
             output=request.output,
+            alpha=alpha,
+            parameters=self._parameters(card.name, request, described),
         )
 
-    def _job_styles(self, styles: Sequence[JobStyle], options: StylizeOptions) -> tuple[StyleImage, ...]:
+    def _parameters(self, model: str, request: JobRequest, styles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what a result's file says of its request, ready for JSON; see the contract's Encoding."""
+        return {
+            "nst": importlib.metadata.version("nst-service"),
+            "model": model,
+            "model_sha256": self._weights_sha256(model),
+            "options": _plain(request.options),
+            "content_sha256": hashlib.sha256(request.content).hexdigest(),
+            "styles": styles,
+        }
+
+    def _job_styles(
+        self, styles: Sequence[JobStyle], options: StylizeOptions
+    ) -> tuple[tuple[StyleImage, ...], list[dict[str, Any]]]:
+        """Return the images of a request's styles, and for each style what the result's file says of it."""
         size_px = max(images.MIN_EDGE_PX, round(options.size_px * options.style_scale))
         if size_px > MAX_STYLE_SIZE_PX:
             raise InvalidField(
@@ -166,6 +186,7 @@ class Application:
             )
         _check_count("styles", len(styles))
         found: list[StyleImage] = []
+        described: list[dict[str, Any]] = []
         for index, (style, share) in enumerate(
             zip(styles, _shares([style.weight for style in styles], "styles"), strict=True)
         ):
@@ -176,14 +197,18 @@ class Application:
                 files = [
                     (data, share * part) for data, part in zip(self._styles.files(stored, field), inner, strict=True)
                 ]
+                name = {"name": stored.name}
             else:
                 field, files = f"styles[{index}].image.data", [(style.data, share)]
+                name = {}
+            sha256s = [hashlib.sha256(data).hexdigest() for data, _ in files]
+            described.append({"sha256": sha256s, "weight": style.weight, **name})
             found.extend(self._style_image(data, weight, size_px, field) for data, weight in files if weight > 0)
             if len(found) > MAX_STYLE_IMAGES:
                 raise InvalidField(
                     "styles", f"must have at most {MAX_STYLE_IMAGES} images, those of stored styles counted"
                 )
-        return tuple(found)
+        return tuple(found), described
 
     def _style_image(self, data: bytes, weight: float, size_px: int, field: str) -> StyleImage:
         picture = images.decode(data, field, self._max_pixels)
@@ -224,6 +249,11 @@ class Application:
         if (file := self._settings.weights.get(name)) is not None:
             return _file_sha256(file)
         return published_sha256(cached) if (cached := cached_file(name)) else ""
+
+
+def _plain(options: StylizeOptions) -> dict[str, Any]:
+    values = {option.name: getattr(options, option.name) for option in dataclasses.fields(options)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 @functools.cache

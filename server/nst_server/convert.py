@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -28,6 +28,8 @@ PART_BYTES = 2 * 1024 * 1024
 
 PREVIEW_ENCODING = Encoding(ImageFormat.JPEG, 85)
 RESULT_ENCODING = Encoding(ImageFormat.PNG, 95)
+DEEP_RESULTS = (ImageFormat.PNG, ImageFormat.TIFF)
+"""Formats of results that may have 16 bits a channel."""
 PREVIEW_INTERVAL, PREVIEW_SIZE_PX = 1, 512
 
 OPTION_TYPES = {
@@ -141,7 +143,7 @@ def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> Jo
         model=message.model,
         options=options,
         preview=preview_from_proto(message.preview),
-        output=encoding_from_proto(message.output, RESULT_ENCODING, "output"),
+        output=encoding_from_proto(message.output, RESULT_ENCODING, "output", DEEP_RESULTS),
     )
 
 
@@ -163,16 +165,17 @@ def preview_from_proto(message: style_transfer_service_pb2.Preview) -> PreviewSp
     return PreviewSpec(interval, size_px, encoding)
 
 
-def encoding_from_proto(message: image_pb2.Encoding, default: Encoding, field: str) -> Encoding:
-    """Return how to encode, `default` filled in. Raises InvalidField."""
+def encoding_from_proto(
+    message: image_pb2.Encoding, default: Encoding, field: str, deep: Collection[ImageFormat] = ()
+) -> Encoding:
+    """Return how to encode, `default` filled in; formats in `deep` may have 16 bits a channel. Raises InvalidField."""
     quality = message.quality if message.HasField("quality") else default.quality
     _check_range(f"{field}.quality", quality, 1, 100)
-    if not message.format:
-        return Encoding(default.format, quality)
-    format_field = message.DESCRIPTOR.fields_by_name["format"]
-    if message.format not in format_field.enum_type.values_by_number:
-        raise InvalidField(f"{field}.format", f"has no choice number {message.format}")
-    return Encoding(ImageFormat[image_pb2.ImageFormat.Name(message.format).removeprefix("IMAGE_FORMAT_")], quality)
+    file_format = _image_format(message, field) if message.format else default.format
+    bit_depth = message.bit_depth if message.HasField("bit_depth") else default.bit_depth
+    if bit_depth != 8 and not (bit_depth == 16 and file_format in deep):
+        raise InvalidField(f"{field}.bit_depth", f"must be 8, or 16 for results in PNG and TIFF, not {bit_depth}")
+    return Encoding(file_format, quality, bit_depth)
 
 
 def page_from_proto(page_size: int) -> int:
@@ -312,6 +315,12 @@ def _style_input(message: style_transfer_service_pb2.StyleInput, field: str) -> 
             return JobStyle(weight, data=message.image.data)
         case _:
             raise InvalidField(field, "must have a style or an image")
+
+
+def _image_format(message: image_pb2.Encoding, field: str) -> ImageFormat:
+    if message.format not in image_pb2.ImageFormat.values():
+        raise InvalidField(f"{field}.format", f"has no choice number {message.format}")
+    return ImageFormat[image_pb2.ImageFormat.Name(message.format).removeprefix("IMAGE_FORMAT_")]
 
 
 def _event(event: Event, **payload: Any) -> job_pb2.JobEvent:

@@ -1,30 +1,40 @@
 """Image files in and out, by Pillow: what the outside sends is decoded here, and nowhere else.
 
-Pixels are HWC uint8 in [0, 255], RGB.
+Pixels are HWC uint8 in [0, 255], sRGB.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import io
+import json
+import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from nst_server import deep_images
 from nst_server.errors import InvalidField
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pixels = NDArray[np.uint8]
+    DeepPixels = NDArray[np.uint16]
+    Alpha = NDArray[np.uint8]  # HW, 255 where it is opaque
 
 READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MIN_EDGE_PX = 16
 MAX_EDGE_PX = 20_000
+IMAGE_DESCRIPTION, SOFTWARE, PREDICTOR = 0x010E, 0x0131, 0x013D
+"""Tags of EXIF and TIFF."""
 
 Image.MAX_IMAGE_PIXELS = None  # our own bound names the field and is checked before anything is decoded
 
@@ -35,14 +45,16 @@ class ImageFormat(StrEnum):
     JPEG = "JPEG"
     PNG = "PNG"
     WEBP = "WEBP"
+    TIFF = "TIFF"
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a picture is encoded. `quality`, 1 to 100, does not matter to PNG."""
+    """How a picture is encoded. `quality`, 1 to 100, does not matter to PNG and TIFF, which alone may have 16 bits."""
 
     format: ImageFormat
     quality: int
+    bit_depth: int = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,13 @@ class EncodedImage:
 
 
 def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
-    """Return the RGB picture in an image file, upright, transparent parts over white.
+    """Return the RGB picture in an image file, transparent parts over white; otherwise as `decode_with_alpha`."""
+    picture = decode_with_alpha(data, field, max_pixels)
+    return _over_white(picture) if picture.mode == "RGBA" else picture
+
+
+def decode_with_alpha(data: bytes, field: str, max_pixels: int) -> Image.Image:
+    """Return the picture in an image file, upright, in sRGB: RGB, or RGBA if anything in it is transparent.
 
     Raises InvalidField, naming `field`, if it is empty, of another format, broken, too small, or larger than
     `max_pixels`; the last is found out before anything is decoded.
@@ -74,7 +92,7 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
             picture = Image.open(io.BytesIO(data), formats=READABLE)
             _check_size(*picture.size, field, max_pixels)
             picture.load()
-            return _rgb(_upright(picture), field)
+            return _srgb(_upright(picture), field)
     except InvalidField:
         raise
     except UnidentifiedImageError:
@@ -84,7 +102,10 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
 
 
 def fit(picture: Image.Image, longer_edge_px: int, field: str) -> Pixels:
-    """Return a picture's pixels, scaled to `longer_edge_px` on the longer edge. Raises InvalidField if too thin."""
+    """Return a picture's pixels, RGB or RGBA, scaled to `longer_edge_px` on the longer edge.
+
+    Raises InvalidField if it becomes too thin.
+    """
     scale = longer_edge_px / max(picture.size)
     width, height = (max(1, round(edge * scale)) for edge in picture.size)
     if min(width, height) < MIN_EDGE_PX:
@@ -102,21 +123,64 @@ def preview_size(width: int, height: int, longer_edge_px: int) -> tuple[int, int
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def encode(pixels: Pixels, encoding: Encoding, size: tuple[int, int] | None = None) -> EncodedImage:
-    """Return pixels as an image file, scaled to `size` (width, height) if given."""
+def filled(pixels: Pixels) -> tuple[Pixels, Alpha | None]:
+    """Return RGB pixels and, of RGBA pixels, their alpha; what is transparent takes on the colours around it.
+
+    The colours that a file stores where it is transparent are nobody's intention, and white would be a fringe around
+    whatever was cut out.
+    """
+    if pixels.shape[2] == 3:
+        return pixels, None
+    layers = pixels.astype(np.float32) / 255
+    layers[..., :3] *= layers[..., 3:]
+    return (_spread(layers) * 255).clip(0, 255).round().astype(np.uint8), pixels[..., 3]
+
+
+def encode(
+    pixels: Pixels | DeepPixels,
+    encoding: Encoding,
+    size: tuple[int, int] | None = None,
+    *,
+    alpha: Alpha | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> EncodedImage:
+    """Return pixels as an image file with an sRGB profile.
+
+    Args:
+        pixels: RGB, of the encoding's bit depth.
+        encoding: format, quality and bit depth.
+        size: width and height to scale to, for 8 bits only.
+        alpha: of any size; JPEG, which has none, is laid over white.
+        parameters: of the picture's making, ready for JSON, to be embedded as EXIF data.
+    """
+    tags = {} if parameters is None else _tags(parameters)
+    if encoding.bit_depth == 16:
+        return _encode_deep(pixels, encoding.format, alpha, tags)
     picture = Image.fromarray(pixels)
-    if size is not None and size != picture.size:
-        much_smaller = 2 * size[0] <= picture.width
-        picture = picture.resize(size, Image.Resampling.BOX if much_smaller else Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
+    picture = _scaled(picture, size or picture.size)
+    if alpha is not None:
+        picture.putalpha(_scaled(Image.fromarray(alpha), picture.size))
+    buffer, exif = io.BytesIO(), _exif(tags)
     match encoding.format:
         case ImageFormat.JPEG:
-            picture.save(buffer, "JPEG", quality=encoding.quality, subsampling=0)
+            opaque = picture if alpha is None else _over_white(picture)
+            opaque.save(buffer, "JPEG", quality=encoding.quality, subsampling=0, icc_profile=srgb_profile(), exif=exif)
         case ImageFormat.PNG:
-            picture.save(buffer, "PNG", compress_level=4)
+            picture.save(buffer, "PNG", compress_level=4, icc_profile=srgb_profile(), exif=exif)
         case ImageFormat.WEBP:
-            picture.save(buffer, "WEBP", quality=encoding.quality, method=2)
+            picture.save(buffer, "WEBP", quality=encoding.quality, method=2, icc_profile=srgb_profile(), exif=exif)
+        case ImageFormat.TIFF:
+            directory = {**tags, PREDICTOR: 2}  # differences of neighbours, which Deflate makes more of
+            compression = "tiff_adobe_deflate"
+            picture.save(buffer, "TIFF", compression=compression, icc_profile=srgb_profile(), tiffinfo=directory)
     return EncodedImage(buffer.getvalue(), encoding.format, *picture.size)
+
+
+@functools.cache
+def srgb_profile() -> bytes:
+    """Return an ICC profile of sRGB, the same bytes each time."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + profile[36:]  # in place of the present time
 
 
 def _check_size(width: int, height: int, field: str, max_pixels: int) -> None:
@@ -135,7 +199,8 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _rgb(picture: Image.Image, field: str) -> Image.Image:
+def _srgb(picture: Image.Image, field: str) -> Image.Image:
+    profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I;16") or picture.mode == "I":
         # Pillow's own conversion clips 16-bit grey at 255 in place of scaling it.
         deep, transparent = np.asarray(picture), picture.info.get("transparency")
@@ -146,8 +211,84 @@ def _rgb(picture: Image.Image, field: str) -> Image.Image:
         raise InvalidField(
             field, "has floating-point pixels, whose range is unknown; save it with 8 or 16 bits a channel"
         )
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    rgb = _converted(picture, profile)
+    if alpha is None or alpha.getextrema() == (255, 255):
+        return rgb
+    return Image.merge("RGBA", (*rgb.split(), alpha))
+
+
+def _converted(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return a picture's colours as sRGB: by its ICC profile, if it has one that fits."""
+    own = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+    if profile:
+        try:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(
+                picture.convert(own), embedded, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except Exception:  # a broken profile, or another colour space's, around a picture that is whole
+            pass
+        else:
+            assert converted is not None
+            return converted
     return picture.convert("RGB")
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _spread(layers: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the colours (H, W, 3) of premultiplied RGBA layers (H, W, 4), laid over those around them.
+
+    The colours around are the picture's own at half its size, spread in the same way ("push and pull", Gortler et al.,
+    The Lumigraph, 1996), so that however wide a gap is, it is closed by what is next to it.
+    """
+    height, width = layers.shape[:2]
+    if height == width == 1:
+        return layers[..., :3] / np.maximum(layers[..., 3:], 1e-6)
+    even = np.pad(layers, ((0, height % 2), (0, width % 2), (0, 0)))
+    half = even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]
+    half /= np.maximum(half[..., 3:], 1)  # a pixel that is half covered counts as known as a whole one
+    bands = [Image.fromarray(band) for band in np.moveaxis(_spread(half), 2, 0)]
+    box = (0, 0, width / 2, height / 2)
+    around = [band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands]
+    behind = np.stack([np.asarray(band, np.float32) for band in around], -1)
+    return layers[..., :3] + (1 - layers[..., 3:]) * behind
+
+
+def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if size == picture.size:
+        return picture
+    much_smaller = 2 * size[0] <= picture.width
+    return picture.resize(size, Image.Resampling.BOX if much_smaller else Image.Resampling.BICUBIC)
+
+
+def _encode_deep(
+    pixels: Pixels | DeepPixels, file_format: ImageFormat, alpha: Alpha | None, tags: Mapping[int, str]
+) -> EncodedImage:
+    assert pixels.dtype == np.uint16
+    height, width = pixels.shape[:2]
+    samples = pixels.astype(np.uint16, copy=False)
+    if alpha is not None:
+        samples = np.dstack((samples, alpha.astype(np.uint16) * 257))
+    if file_format is ImageFormat.PNG:
+        data = deep_images.png(samples, srgb_profile(), _exif(tags).removeprefix(b"Exif\0\0"))
+    else:
+        data = deep_images.tiff(samples, srgb_profile(), tags)
+    return EncodedImage(data, file_format, width, height)
+
+
+def _tags(parameters: Mapping[str, Any]) -> dict[int, str]:
+    return {
+        IMAGE_DESCRIPTION: json.dumps(parameters, allow_nan=False),
+        SOFTWARE: f"nst {importlib.metadata.version('nst-service')}",
+    }
+
+
+def _exif(tags: Mapping[int, str]) -> bytes:
+    exif = Image.Exif()
+    exif.update(tags)
+    return exif.tobytes() if tags else b""

@@ -6,20 +6,21 @@ Knows nothing of gRPC: a transport reads `Job.watch` and converts.
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nst_model.options import StylizeOptions
 from nst_server import images
 from nst_server.images import EncodedImage, Encoding
-from nst_server.messages import Pictured, Progressed, StyleImage
+from nst_server.messages import Done, Pictured, Progressed, StyleImage
 
 if TYPE_CHECKING:
-    from nst_server.images import Pixels
+    from nst_server.images import Alpha, Pixels
 
 
 class JobState(StrEnum):
@@ -54,6 +55,8 @@ class JobSpec:
         styles: at least one; their shares sum to 1.
         preview_interval: a picture is wanted every this many iterations; 0 for none.
         output: how the result is encoded.
+        alpha: of the result and its previews, of the result's size; None if they are opaque.
+        parameters: what the result's file says of the request; see Job.parameters.
     """
 
     model: str
@@ -62,6 +65,8 @@ class JobSpec:
     styles: tuple[StyleImage, ...]
     preview_interval: int
     output: Encoding
+    alpha: Alpha | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,11 @@ class PreviewSpec:
 class Picture:
     """The newest picture of a job. It is encoded once for each way of encoding, whoever asks."""
 
-    def __init__(self, pictured: Pictured, width: int, height: int) -> None:
+    def __init__(self, pictured: Pictured, width: int, height: int, alpha: Alpha | None) -> None:
         self.iteration = pictured.iteration
         self._size = (width, height)  # of the finished picture: those of coarser scales are shown as large
         self._pixels = pictured.pixels
+        self._alpha = alpha
         self._encoded: dict[tuple[int, Encoding], asyncio.Task[EncodedImage]] = {}
 
     async def encoded(self, preview: PreviewSpec) -> EncodedImage:
@@ -146,7 +152,7 @@ class Picture:
         key = (preview.size_px, preview.encoding)
         if key not in self._encoded:
             size = images.preview_size(*self._size, preview.size_px)
-            work = asyncio.to_thread(images.encode, self._pixels, preview.encoding, size)
+            work = asyncio.to_thread(images.encode, self._pixels, preview.encoding, size, alpha=self._alpha)
             self._encoded[key] = asyncio.create_task(work)
         return await asyncio.shield(self._encoded[key])
 
@@ -205,8 +211,13 @@ class Job:
     def pictured(self, pictured: Pictured) -> None:
         """Put the newest picture into its slot."""
         height, width = self.spec.content.shape[:2]
-        self._picture = Picture(pictured, width, height)
+        self._picture = Picture(pictured, width, height, self.spec.alpha)
         self._wake()
+
+    def parameters(self, done: Done) -> dict[str, Any]:
+        """Return what the result's file says of its making: what was asked for, and what came of it."""
+        loss = done.loss if math.isfinite(done.loss) else None  # JSON has no other numbers
+        return {**self.spec.parameters, "loss": loss, "iteration": done.iteration, "stop_reason": done.stop_reason}
 
     def succeeded(self, result: Finished) -> None:
         """End the job with a result."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nst_model.options import StylizeOptions
 
 if TYPE_CHECKING:
-    from nst_server.images import Pixels
+    from nst_server.images import DeepPixels, Pixels
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class StylizeTask:
         id: the job's name.
         content: HWC uint8 RGB, of the result's size.
         frame_interval: a picture is wanted every this many iterations; 0 for none.
+        bit_depth: bits a channel of the result's pixels, 8 or 16.
     """
 
     id: str
@@ -71,6 +72,7 @@ class StylizeTask:
     styles: tuple[StyleImage, ...]
     options: StylizeOptions
     frame_interval: int
+    bit_depth: int = 8
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,10 @@ class Pictured:
 
 @dataclass(frozen=True)
 class Done:
-    """The task ended well. The fields after `id` are set for pictures only."""
+    """The task ended well. The fields after `id` are set for pictures only; `pixels` are of the task's bit depth."""
 
     id: str
-    pixels: Pixels | None = None
+    pixels: Pixels | DeepPixels | None = None
     iteration: int = 0
     loss: float = 0.0
     stop_reason: str = ""

@@ -150,7 +150,15 @@ class Scheduler:
         self._renumber()
         began = time.monotonic()
         spec = job.spec
-        task = StylizeTask(job.name, spec.model, spec.content, spec.styles, spec.options, spec.preview_interval)
+        task = StylizeTask(
+            id=job.name,
+            model=spec.model,
+            content=spec.content,
+            styles=spec.styles,
+            options=spec.options,
+            frame_interval=spec.preview_interval,
+            bit_depth=spec.output.bit_depth,
+        )
         try:
             ending = await _ending(executor, task, lambda message: _note(job, message, executor.device))
         finally:
@@ -167,7 +175,13 @@ class Scheduler:
             case Done():
                 assert ending.pixels is not None
                 try:
-                    image = await asyncio.to_thread(images.encode, ending.pixels, job.spec.output)
+                    image = await asyncio.to_thread(
+                        images.encode,
+                        ending.pixels,
+                        job.spec.output,
+                        alpha=job.spec.alpha,
+                        parameters=job.parameters(ending),
+                    )
                 except Exception as error:  # whatever it is, a job must end, or its caller waits for ever
                     log.exception("result not encoded", job=job.name)
                     job.failed(JobError("INTERNAL", f"the result could not be encoded: {error}"))

@@ -128,7 +128,8 @@ class Worker:
         self._grams.trim(self._config.grams_max_bytes)
         if stop.is_set() or best is None:
             return Cancelled(task.id)
-        return Done(task.id, nst_model.to_pixels(best.picture), best.index, best.loss, reason.value)
+        pixels = nst_model.to_pixels(best.picture, bits=task.bit_depth)
+        return Done(task.id, pixels, best.index, best.loss, reason.value)
 
     def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock) -> None:
         elapsed_s, rate, remaining_s = clock.tick(iterate.index, iterate.work)

@@ -140,9 +140,9 @@ async def test_a_picture_is_encoded_once_for_all_who_want_it_alike(monkeypatch: 
     job, encodings = new_job(), []
     original = images.encode
 
-    def counting(*arguments: Any) -> Any:
+    def counting(*arguments: Any, **named: Any) -> Any:
         encodings.append(arguments[1:])
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(images, "encode", counting)
     watchers = [job.watch(preview) for preview in (EVERY, EVERY, PreviewSpec(1, 16, JPEG))]
