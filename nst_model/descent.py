@@ -151,6 +151,7 @@ class Descent:
             iterate, products = self._evaluate(closure, optimizer)
             self._index += 1
             if iterate is None:
+                watch.verdict = StopReason.DIVERGED
                 optimizer = watch.failed(optimizer)
                 continue
             iterate = replace(iterate, picture=shown(average.of(iterate.picture)))
@@ -170,7 +171,7 @@ class Descent:
         if watch.best is None:
             raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
         if final:
-            reason = StopReason.ITERATIONS if watch.hopeful else StopReason.DIVERGED
+            reason = StopReason.ITERATIONS if watch.hopeful else watch.verdict
             yield replace(watch.best, work=1.0, stop_reason=reason)
             return None
         self._optimizer = optimizer
@@ -210,12 +211,20 @@ def budgets(options: StylizeOptions, scales: int) -> list[int]:
 
 
 class _Watch:
-    """Remembers the best picture of a scale, and what went wrong since."""
+    """Remembers the best picture of a scale, and what went wrong since.
+
+    Attributes:
+        best: the best iterate, None before the first.
+        best_x: the optimizer's point there.
+        failures: restarts since.
+        verdict: what to call it if the run ends with them.
+    """
 
     def __init__(self, optimizer: LBFGS | Adam) -> None:
         self.best: Iterate | None = None
         self.best_x = optimizer.x
         self.failures = 0
+        self.verdict = StopReason.DIVERGED
         self._since_best = 0
 
     @property
@@ -229,6 +238,7 @@ class _Watch:
         if self.best is None or iterate.loss < self.best.loss:
             self.best, self.best_x = iterate, x
             self.failures = self._since_best = 0
+        self.verdict = StopReason.CONVERGED
         return self._since_best >= STALL
 
     def failed(self, optimizer: LBFGS | Adam) -> LBFGS | Adam:

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nst_model import CARDS, InvalidOption, ModelCard, StylizeOptions, UnknownModel, model_card
+from nst_model import CARDS, Init, InvalidOption, ModelCard, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
 from nst_server import images
 from nst_server.errors import InvalidField, ModelNotFetched, NotFound
@@ -29,6 +29,9 @@ from nst_server.messages import PrepareTask, StyleImage
 from nst_server.scheduler import Scheduler
 from nst_server.settings import Settings
 from nst_server.styles import StoredImage, Style, StyleStore
+
+if TYPE_CHECKING:
+    from nst_server.images import Alpha, Pixels
 
 MAX_STYLES = 16
 MAX_STYLE_IMAGES = 32
@@ -46,6 +49,8 @@ class JobStyle:
     weight: float
     name: str = ""
     data: bytes = b""
+    region: bytes | None = None
+    style_region: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class JobRequest:
     options: StylizeOptions
     preview: PreviewSpec
     output: Encoding
+    init_image: bytes = b""
 
 
 class Application:
@@ -151,7 +157,8 @@ class Application:
             raise InvalidField(f"options.{error.field}", error.reason) from error
         picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
         content, alpha = images.filled(images.fit(picture, options.size_px, "content.data"))
-        styles, described = self._job_styles(request.styles, options)
+        height, width = content.shape[:2]
+        styles, described = self._job_styles(request.styles, options, (width, height))
         return JobSpec(
             model=card.name,
             options=options,
@@ -159,6 +166,7 @@ class Application:
             styles=styles,
             preview_interval=request.preview.interval,
             output=request.output,
+            start=self._start(request, (width, height)),
             alpha=alpha,
             parameters=self._parameters(card.name, request, described),
         )
@@ -172,10 +180,22 @@ class Application:
             "options": _plain(request.options),
             "content_sha256": hashlib.sha256(request.content).hexdigest(),
             "styles": styles,
+            **_hashes(init_image_sha256=request.init_image or None),
         }
 
+    def _start(self, request: JobRequest, size: tuple[int, int]) -> Pixels | None:
+        if request.options.init is not Init.IMAGE:
+            return None
+        picture = images.decode(request.init_image, "init_image.data", self._max_pixels)
+        return images.stretch(picture, size)
+
+    def _mask(self, data: bytes | None, size: tuple[int, int], field: str) -> Alpha | None:
+        if data is None:
+            return None
+        return images.mask(images.decode(data, f"{field}.data", self._max_pixels), size, f"{field}.data")
+
     def _job_styles(
-        self, styles: Sequence[JobStyle], options: StylizeOptions
+        self, styles: Sequence[JobStyle], options: StylizeOptions, size: tuple[int, int]
     ) -> tuple[tuple[StyleImage, ...], list[dict[str, Any]]]:
         """Return the images of a request's styles, and for each style what the result's file says of it."""
         size_px = max(images.MIN_EDGE_PX, round(options.size_px * options.style_scale))
@@ -187,28 +207,44 @@ class Application:
         _check_count("styles", len(styles))
         found: list[StyleImage] = []
         described: list[dict[str, Any]] = []
-        for index, (style, share) in enumerate(
-            zip(styles, _shares([style.weight for style in styles], "styles"), strict=True)
-        ):
-            if style.name:
-                field = f"styles[{index}].style"
-                stored = self._styles.get(style.name, field)
-                inner = _shares([image.weight for image in stored.images], field)
-                files = [
-                    (data, share * part) for data, part in zip(self._styles.files(stored, field), inner, strict=True)
-                ]
-                name = {"name": stored.name}
-            else:
-                field, files = f"styles[{index}].image.data", [(style.data, share)]
-                name = {}
-            sha256s = [hashlib.sha256(data).hexdigest() for data, _ in files]
-            described.append({"sha256": sha256s, "weight": style.weight, **name})
-            found.extend(self._style_image(data, weight, size_px, field) for data, weight in files if weight > 0)
+        shares = _shares([style.weight for style in styles], "styles")
+        for index, (style, share) in enumerate(zip(styles, shares, strict=True)):
+            field = f"styles[{index}]"
+            files, recorded = self._style_files(style, share, field)
+            described.append(recorded)
+            region = self._mask(style.region, size, f"{field}.region")
+            if style.style_region is not None and len(files) > 1:
+                raise InvalidField(f"{field}.style_region", f"needs a style of one image; this one has {len(files)}")
+            for data, weight, place in files:
+                if weight == 0:
+                    continue
+                image = self._style_image(data, weight, size_px, place)
+                height, width = image.pixels.shape[:2]
+                mask = self._mask(style.style_region, (width, height), f"{field}.style_region")
+                found.append(dataclasses.replace(image, region=region, mask=mask))
             if len(found) > MAX_STYLE_IMAGES:
                 raise InvalidField(
                     "styles", f"must have at most {MAX_STYLE_IMAGES} images, those of stored styles counted"
                 )
         return tuple(found), described
+
+    def _style_files(
+        self, style: JobStyle, share: float, field: str
+    ) -> tuple[list[tuple[bytes, float, str]], dict[str, Any]]:
+        """Return a style's image files, each with its share and its field, and what the result's file says of them."""
+        if style.name:
+            place = f"{field}.style"
+            stored = self._styles.get(style.name, place)
+            inner = _shares([image.weight for image in stored.images], place)
+            files = [
+                (data, share * part, place) for data, part in zip(self._styles.files(stored, place), inner, strict=True)
+            ]
+            name = {"name": stored.name}
+        else:
+            files, name = [(style.data, share, f"{field}.image.data")], {}
+        sha256 = [hashlib.sha256(data).hexdigest() for data, _, _ in files]
+        masks = _hashes(region_sha256=style.region, style_region_sha256=style.style_region)
+        return files, {"sha256": sha256, "weight": style.weight, **name, **masks}
 
     def _style_image(self, data: bytes, weight: float, size_px: int, field: str) -> StyleImage:
         picture = images.decode(data, field, self._max_pixels)
@@ -260,6 +296,11 @@ def _plain(options: StylizeOptions) -> dict[str, Any]:
 def _file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hashes(**files: bytes | None) -> dict[str, str]:
+    """Return the SHA-256 of each file that there is."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None}
 
 
 def _check_count(field: str, count: int) -> None:

@@ -32,6 +32,8 @@ DEEP_RESULTS = (ImageFormat.PNG, ImageFormat.TIFF)
 """Formats of results that may have 16 bits a channel."""
 PREVIEW_INTERVAL, PREVIEW_SIZE_PX = 1, 512
 
+MASKS = ("region", "style_region")
+
 OPTION_TYPES = {
     int: options_pb2.OPTION_TYPE_INTEGER,
     float: options_pb2.OPTION_TYPE_NUMBER,
@@ -135,11 +137,12 @@ def weight_from_proto(message: Any, field: str) -> float:
 
 def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> JobRequest:
     """Return what a Stylize request asks for, defaults filled in. Raises InvalidField."""
-    options = options_from_proto(message.options)
+    options = options_from_proto(_with_init(message))
     styles = [_style_input(style, f"styles[{index}]") for index, style in enumerate(message.styles)]
     return JobRequest(
         content=message.content.data,
         styles=styles,
+        init_image=message.init_image.data,
         model=message.model,
         options=options,
         preview=preview_from_proto(message.preview),
@@ -254,6 +257,7 @@ def progress_to_proto(progress: Progressed) -> job_pb2.Progress:
         loss=progress.loss,
         content_loss=progress.content_loss,
         tv_loss=progress.tv_loss,
+        laplacian_loss=progress.laplacian_loss,
         style_losses=progress.style_losses,
         elapsed_s=progress.elapsed_s,
         iterations_per_second=progress.iterations_per_second,
@@ -304,15 +308,30 @@ def model_to_proto(card: ModelCard, sha256: str, *, default: bool) -> model_serv
     )
 
 
+def _with_init(message: style_transfer_service_pb2.StylizeRequest) -> options_pb2.StylizeOptions:
+    """Return a request's options; a picture to start from implies that it is what to start from."""
+    image, init = options_pb2.INIT_IMAGE, message.options.init
+    if init == image and not message.HasField("init_image"):
+        raise InvalidField("init_image", "is missing; options.init image starts from it")
+    if not message.HasField("init_image"):
+        return message.options
+    if init not in (options_pb2.INIT_UNSPECIFIED, image):
+        raise InvalidField("init_image", "is given, but options.init is not image; leave one of them out")
+    options = options_pb2.StylizeOptions(init=image)
+    options.MergeFrom(message.options)
+    return options
+
+
 def _style_input(message: style_transfer_service_pb2.StyleInput, field: str) -> JobStyle:
     weight = weight_from_proto(message, f"{field}.weight")
+    masks: dict[str, Any] = {name: getattr(message, name).data for name in MASKS if message.HasField(name)}
     match message.WhichOneof("source"):
         case "style":
             if not message.style:
                 raise InvalidField(f"{field}.style", "is empty; it must be the name of a style")
-            return JobStyle(weight, name=message.style)
+            return JobStyle(weight, name=message.style, **masks)
         case "image":
-            return JobStyle(weight, data=message.image.data)
+            return JobStyle(weight, data=message.image.data, **masks)
         case _:
             raise InvalidField(field, "must have a style or an image")
 

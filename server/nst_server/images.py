@@ -117,6 +117,28 @@ def fit(picture: Image.Image, longer_edge_px: int, field: str) -> Pixels:
     return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
 
 
+def stretch(picture: Image.Image, size: tuple[int, int]) -> Pixels:
+    """Return a picture's pixels, scaled to a width and height."""
+    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+
+
+def mask(picture: Image.Image, size: tuple[int, int], field: str) -> Alpha:
+    """Return a mask's luminance, scaled to a width and height.
+
+    Raises InvalidField unless it has their proportions, to within a pixel of the smaller of the two, and is not black.
+    """
+    across, down = (wanted / own for wanted, own in zip(size, picture.size, strict=True))
+    if abs(across / down - 1) > 1.5 * max(1 / min(size), 1 / min(picture.size)):
+        raise InvalidField(
+            field,
+            f"is {picture.width}×{picture.height} px; it must have the proportions of {size[0]}×{size[1]}",
+        )
+    found = np.asarray(picture.convert("L").resize(size, Image.Resampling.BOX))
+    if not found.any():
+        raise InvalidField(field, "is black everywhere, so it selects nothing")
+    return found
+
+
 def preview_size(width: int, height: int, longer_edge_px: int) -> tuple[int, int]:
     """Return the width and height of a preview, pixels: at most `longer_edge_px` on the longer edge."""
     scale = min(1.0, longer_edge_px / max(width, height))

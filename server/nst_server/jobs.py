@@ -55,6 +55,7 @@ class JobSpec:
         styles: at least one; their shares sum to 1.
         preview_interval: a picture is wanted every this many iterations; 0 for none.
         output: how the result is encoded.
+        start: HWC uint8 RGB, of the result's size, the picture that Init.IMAGE starts from.
         alpha: of the result and its previews, of the result's size; None if they are opaque.
         parameters: what the result's file says of the request; see Job.parameters.
     """
@@ -65,6 +66,7 @@ class JobSpec:
     styles: tuple[StyleImage, ...]
     preview_interval: int
     output: Encoding
+    start: Pixels | None = None
     alpha: Alpha | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nst_model.options import StylizeOptions
 
 if TYPE_CHECKING:
+    from nst_server.images import Alpha as Mask
     from nst_server.images import DeepPixels, Pixels
 
 
@@ -47,12 +48,16 @@ class StyleImage:
         sha256: of the image file.
         size_px: the longer edge of `pixels`.
         weight: share of this image in the task; the shares sum to 1.
+        region: HW uint8 of the content's size, where the style belongs; None for wherever no other does.
+        mask: HW uint8 of `pixels`' size, which part of it makes the style; None for all.
     """
 
     pixels: Pixels
     sha256: str
     size_px: int
     weight: float
+    region: Mask | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class StylizeTask:
         id: the job's name.
         content: HWC uint8 RGB, of the result's size.
         frame_interval: a picture is wanted every this many iterations; 0 for none.
+        start: HWC uint8 RGB, of the result's size, the picture that Init.IMAGE starts from.
         bit_depth: bits a channel of the result's pixels, 8 or 16.
     """
 
@@ -72,6 +78,7 @@ class StylizeTask:
     styles: tuple[StyleImage, ...]
     options: StylizeOptions
     frame_interval: int
+    start: Pixels | None = None
     bit_depth: int = 8
 
 
@@ -133,6 +140,7 @@ class Progressed:
     loss: float
     content_loss: float
     tv_loss: float
+    laplacian_loss: float
     style_losses: Mapping[str, float]
     elapsed_s: float
     iterations_per_second: float

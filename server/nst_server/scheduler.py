@@ -157,6 +157,7 @@ class Scheduler:
             styles=spec.styles,
             options=spec.options,
             frame_interval=spec.preview_interval,
+            start=spec.start,
             bit_depth=spec.output.bit_depth,
         )
         try:

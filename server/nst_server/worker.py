@@ -16,7 +16,9 @@ import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 import nst_model
@@ -44,6 +46,9 @@ from nst_server.messages import (
     Task,
     WorkerConfig,
 )
+
+if TYPE_CHECKING:
+    from nst_server.images import Alpha as Mask
 
 RATE_WINDOW = 10
 """Iterations that the rate is averaged over."""
@@ -115,9 +120,12 @@ class Worker:
         styles = _styles(task.styles)
         content = nst_model.from_pixels(task.content)
         targets_of = self._targets_of(model, task.styles)
+        start = None if task.start is None else nst_model.from_pixels(task.start)
         best: Iterate | None = None
         reason = StopReason.ITERATIONS
-        for iterate in nst_model.stylize(model, content, styles, task.options, targets_of=targets_of, stop=stop):
+        for iterate in nst_model.stylize(
+            model, content, styles, task.options, start=start, targets_of=targets_of, stop=stop
+        ):
             if best is None or best.picture.shape != iterate.picture.shape or iterate.loss < best.loss:
                 best = iterate
             if iterate.stop_reason is StopReason.DIVERGED:  # the best one again, with the news
@@ -133,7 +141,7 @@ class Worker:
 
     def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock) -> None:
         elapsed_s, rate, remaining_s = clock.tick(iterate.index, iterate.work)
-        losses = (iterate.loss, iterate.content_loss, iterate.tv_loss, iterate.style_losses)
+        losses = (iterate.loss, iterate.content_loss, iterate.tv_loss, iterate.laplacian_loss, iterate.style_losses)
         self._sender.send(Progressed(task.id, iterate.index, iterate.iterations, *losses, elapsed_s, rate, remaining_s))
         if task.frame_interval and iterate.index % task.frame_interval == 0:
             self._sender.send_picture(Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture)))
@@ -153,7 +161,7 @@ class Worker:
         base_px = {image.sha256: image.size_px for image in images}
 
         def targets_of(style: Style, options: StylizeOptions) -> LayerTargets:
-            if options.style_loss not in MOMENTS:
+            if options.style_loss not in MOMENTS or not style.name:
                 return model.style_targets(style, options)
             key = GramKey(
                 model=model.weights.name,
@@ -177,7 +185,20 @@ class Worker:
 
 
 def _styles(images: Sequence[StyleImage]) -> list[Style]:
-    return [Style(nst_model.from_pixels(image.pixels), image.weight, image.sha256) for image in images]
+    return [
+        Style(
+            nst_model.from_pixels(image.pixels),
+            image.weight,
+            image.sha256 if image.mask is None else "",
+            region=_mask(image.region),
+            mask=_mask(image.mask),
+        )
+        for image in images
+    ]
+
+
+def _mask(pixels: Mask | None) -> torch.Tensor | None:
+    return None if pixels is None else torch.from_numpy(np.array(pixels)).float() / 255
 
 
 class _Clock:

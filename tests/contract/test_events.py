@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import pytest
 
 from nst.v1 import image_pb2, job_pb2, style_transfer_service_pb2
+from nst_model.descent import StopReason
 from nst_model.options import StylizeOptions
-from nst_model.stylization import StopReason
 from nst_server import convert
 from nst_server.images import EncodedImage, ImageFormat
 from nst_server.jobs import Event, Finished, JobState

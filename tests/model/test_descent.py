@@ -121,7 +121,7 @@ def test_a_stall_drops_the_memory_and_then_adam_takes_over() -> None:
     assert len(again) >= 4
     adam_step = bowl.points[again[3] + 1] - best
     assert float(adam_step.abs().mean()) == pytest.approx(FALLBACK_RATE, rel=0.01)
-    assert iterates[-1].stop_reason is StopReason.DIVERGED
+    assert iterates[-1].stop_reason is StopReason.CONVERGED
     assert torch.equal(iterates[-1].picture, best[0])
     assert len(bowl.points) < 200
 
