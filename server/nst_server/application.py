@@ -150,7 +150,7 @@ class Application:
         except InvalidOption as error:
             raise InvalidField(f"options.{error.field}", error.reason) from error
         picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
-        content, alpha = images.filled(images.fit(picture, options.size_px, "content.data"))
+        content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         styles, described = self._job_styles(request.styles, options)
         return JobSpec(
             model=card.name,
