@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nst_model import CARDS, Init, InvalidOption, ModelCard, StylizeOptions, UnknownModel, model_card
+from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
 from nst_server import images
 from nst_server.errors import InvalidField, ModelNotFetched, NotFound
@@ -31,7 +31,7 @@ from nst_server.settings import Settings
 from nst_server.styles import StoredImage, Style, StyleStore
 
 if TYPE_CHECKING:
-    from nst_server.images import Alpha, Pixels
+    from nst_server.images import Mask, Pixels
 
 MAX_STYLES = 16
 MAX_STYLE_IMAGES = 32
@@ -156,7 +156,7 @@ class Application:
         except InvalidOption as error:
             raise InvalidField(f"options.{error.field}", error.reason) from error
         picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
-        content, alpha = images.filled(images.fit(picture, options.size_px, "content.data"))
+        content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         height, width = content.shape[:2]
         styles, described = self._job_styles(request.styles, options, (width, height))
         return JobSpec(
@@ -189,7 +189,7 @@ class Application:
         picture = images.decode(request.init_image, "init_image.data", self._max_pixels)
         return images.stretch(picture, size)
 
-    def _mask(self, data: bytes | None, size: tuple[int, int], field: str) -> Alpha | None:
+    def _mask(self, data: bytes | None, size: tuple[int, int], field: str) -> Mask | None:
         if data is None:
             return None
         return images.mask(images.decode(data, f"{field}.data", self._max_pixels), size, f"{field}.data")
@@ -213,6 +213,11 @@ class Application:
             files, recorded = self._style_files(style, share, field)
             described.append(recorded)
             region = self._mask(style.region, size, f"{field}.region")
+            if style.style_region is not None and options.style_loss in (StyleLoss.DIRECT, StyleLoss.CROSS):
+                raise InvalidField(
+                    "options.style_loss",
+                    f"{options.style_loss} compares position by position; it must not go with {field}.style_region",
+                )
             if style.style_region is not None and len(files) > 1:
                 raise InvalidField(f"{field}.style_region", f"needs a style of one image; this one has {len(files)}")
             for data, weight, place in files:

@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
     DeepPixels = NDArray[np.uint16]
-    Alpha = NDArray[np.uint8]  # HW, 255 where it is opaque
+    Mask = NDArray[np.uint8]  # HW, 255 where it is opaque
 
 READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MIN_EDGE_PX = 16
 MAX_EDGE_PX = 20_000
+SPREAD_PX = 1024
+"""Longer edge, at most, at which colours are spread into what is transparent."""
+
 IMAGE_DESCRIPTION, SOFTWARE, PREDICTOR = 0x010E, 0x0131, 0x013D
 """Tags of EXIF and TIFF."""
 
@@ -102,10 +105,7 @@ def decode_with_alpha(data: bytes, field: str, max_pixels: int) -> Image.Image:
 
 
 def fit(picture: Image.Image, longer_edge_px: int, field: str) -> Pixels:
-    """Return a picture's pixels, RGB or RGBA, scaled to `longer_edge_px` on the longer edge.
-
-    Raises InvalidField if it becomes too thin.
-    """
+    """Return a picture's pixels, scaled to `longer_edge_px` on the longer edge. Raises InvalidField if too thin."""
     scale = longer_edge_px / max(picture.size)
     width, height = (max(1, round(edge * scale)) for edge in picture.size)
     if min(width, height) < MIN_EDGE_PX:
@@ -122,7 +122,7 @@ def stretch(picture: Image.Image, size: tuple[int, int]) -> Pixels:
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
 
-def mask(picture: Image.Image, size: tuple[int, int], field: str) -> Alpha:
+def mask(picture: Image.Image, size: tuple[int, int], field: str) -> Mask:
     """Return a mask's luminance, scaled to a width and height.
 
     Raises InvalidField unless it has their proportions, to within a pixel of the smaller of the two, and is not black.
@@ -139,23 +139,22 @@ def mask(picture: Image.Image, size: tuple[int, int], field: str) -> Alpha:
     return found
 
 
+def fit_with_alpha(picture: Image.Image, longer_edge_px: int, field: str) -> tuple[Pixels, Mask | None]:
+    """Return as `fit` the RGB pixels of a picture and, if it is RGBA, its alpha.
+
+    What is transparent takes on the colours around it: those that a file stores there are nobody's intention, and
+    white would be a fringe around whatever was cut out.
+    """
+    if picture.mode == "RGB":
+        return fit(picture, longer_edge_px, field), None
+    alpha = picture.getchannel("A")
+    return fit(_filled(picture), longer_edge_px, field), fit(alpha, longer_edge_px, field)
+
+
 def preview_size(width: int, height: int, longer_edge_px: int) -> tuple[int, int]:
     """Return the width and height of a preview, pixels: at most `longer_edge_px` on the longer edge."""
     scale = min(1.0, longer_edge_px / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def filled(pixels: Pixels) -> tuple[Pixels, Alpha | None]:
-    """Return RGB pixels and, of RGBA pixels, their alpha; what is transparent takes on the colours around it.
-
-    The colours that a file stores where it is transparent are nobody's intention, and white would be a fringe around
-    whatever was cut out.
-    """
-    if pixels.shape[2] == 3:
-        return pixels, None
-    layers = pixels.astype(np.float32) / 255
-    layers[..., :3] *= layers[..., 3:]
-    return (_spread(layers) * 255).clip(0, 255).round().astype(np.uint8), pixels[..., 3]
 
 
 def encode(
@@ -163,7 +162,7 @@ def encode(
     encoding: Encoding,
     size: tuple[int, int] | None = None,
     *,
-    alpha: Alpha | None = None,
+    alpha: Mask | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> EncodedImage:
     """Return pixels as an image file with an sRGB profile.
@@ -262,6 +261,17 @@ def _over_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, picture).convert("RGB")
 
 
+def _filled(picture: Image.Image) -> Image.Image:
+    small = picture.copy()
+    small.thumbnail((SPREAD_PX, SPREAD_PX), Image.Resampling.BOX)
+    layers = np.asarray(small, np.float32) / 255
+    layers[..., :3] *= layers[..., 3:]
+    spread = (_spread(layers) * 255).clip(0, 255).round().astype(np.uint8)
+    background = Image.fromarray(spread).resize(picture.size, Image.Resampling.BILINEAR)
+    background.paste(picture, mask=picture.getchannel("A"))
+    return background
+
+
 def _spread(layers: NDArray[np.floating]) -> NDArray[np.floating]:
     """Return the colours (H, W, 3) of premultiplied RGBA layers (H, W, 4), laid over those around them.
 
@@ -270,10 +280,11 @@ def _spread(layers: NDArray[np.floating]) -> NDArray[np.floating]:
     """
     height, width = layers.shape[:2]
     if height == width == 1:
-        return layers[..., :3] / np.maximum(layers[..., 3:], 1e-6)
+        colour: NDArray[np.floating] = layers[..., :3] / np.maximum(layers[..., 3:], 1e-6)
+        return colour
     even = np.pad(layers, ((0, height % 2), (0, width % 2), (0, 0)))
     half = even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]
-    half /= np.maximum(half[..., 3:], 1)  # a pixel that is half covered counts as known as a whole one
+    half /= np.maximum(half[..., 3:], 1)  # one known pixel in four is as good as four
     bands = [Image.fromarray(band) for band in np.moveaxis(_spread(half), 2, 0)]
     box = (0, 0, width / 2, height / 2)
     around = [band.resize((width, height), Image.Resampling.BILINEAR, box) for band in bands]
@@ -289,7 +300,7 @@ def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _encode_deep(
-    pixels: Pixels | DeepPixels, file_format: ImageFormat, alpha: Alpha | None, tags: Mapping[int, str]
+    pixels: Pixels | DeepPixels, file_format: ImageFormat, alpha: Mask | None, tags: Mapping[int, str]
 ) -> EncodedImage:
     assert pixels.dtype == np.uint16
     height, width = pixels.shape[:2]

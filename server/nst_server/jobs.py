@@ -20,7 +20,7 @@ from nst_server.images import EncodedImage, Encoding
 from nst_server.messages import Done, Pictured, Progressed, StyleImage
 
 if TYPE_CHECKING:
-    from nst_server.images import Alpha, Pixels
+    from nst_server.images import Mask, Pixels
 
 
 class JobState(StrEnum):
@@ -67,7 +67,7 @@ class JobSpec:
     preview_interval: int
     output: Encoding
     start: Pixels | None = None
-    alpha: Alpha | None = None
+    alpha: Mask | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -142,7 +142,7 @@ class PreviewSpec:
 class Picture:
     """The newest picture of a job. It is encoded once for each way of encoding, whoever asks."""
 
-    def __init__(self, pictured: Pictured, width: int, height: int, alpha: Alpha | None) -> None:
+    def __init__(self, pictured: Pictured, width: int, height: int, alpha: Mask | None) -> None:
         self.iteration = pictured.iteration
         self._size = (width, height)  # of the finished picture: those of coarser scales are shown as large
         self._pixels = pictured.pixels

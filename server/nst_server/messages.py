@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from nst_model.options import StylizeOptions
 
 if TYPE_CHECKING:
-    from nst_server.images import Alpha as Mask
-    from nst_server.images import DeepPixels, Pixels
+    from nst_server.images import DeepPixels, Mask, Pixels
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from nst_server.messages import (
 )
 
 if TYPE_CHECKING:
-    from nst_server.images import Alpha as Mask
+    from nst_server.images import Mask
 
 RATE_WINDOW = 10
 """Iterations that the rate is averaged over."""

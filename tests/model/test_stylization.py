@@ -236,3 +236,13 @@ def test_pixels_round_and_clip() -> None:
     assert nst_model.to_pixels(picture).tolist() == [[[0, 255, 255], [128, 127, 0]]]
     pixels = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
     assert (nst_model.to_pixels(nst_model.from_pixels(pixels)) == pixels).all()
+
+
+def test_sixteen_bits_round_and_clip_too() -> None:
+    """HWC uint16 in [0, 65535]; what 8 bits can say is the same in 16."""
+    picture = torch.tensor([[[-0.5, 0.5]], [[1.5, 0.4999]], [[1.0, 0.0]]])
+    deep = nst_model.to_pixels(picture, bits=16)
+    assert deep.dtype == "uint16"
+    assert deep.tolist() == [[[0, 65535, 65535], [32768, 32761, 0]]]
+    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16, 1).repeat(1, 1, 3).numpy()
+    assert (nst_model.to_pixels(nst_model.from_pixels(levels), bits=16) == levels.astype("uint16") * 257).all()

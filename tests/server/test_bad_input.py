@@ -81,6 +81,12 @@ INVALID = [
     refused("preview.encoding.format", preview={"encoding": {"format": 12}}),
     refused("output.quality", output={"quality": 101}),
     refused("output.format", output={"format": 12}),
+    refused("output.bit_depth", output={"bit_depth": 0}),
+    refused("output.bit_depth", output={"bit_depth": 12}),
+    refused("output.bit_depth", output={"bit_depth": 16, "format": "IMAGE_FORMAT_JPEG"}),
+    refused("output.bit_depth", output={"bit_depth": 16, "format": "IMAGE_FORMAT_WEBP"}),
+    refused("preview.encoding.bit_depth", preview={"encoding": {"bit_depth": 16, "format": "IMAGE_FORMAT_PNG"}}),
+    refused("preview.encoding.bit_depth", preview={"encoding": {"bit_depth": -8}}),
     refused("model", "NOT_FOUND", model="vgg99"),
     refused("model", "NOT_FOUND", model="models/../../etc/passwd"),
     refused("styles[0].style", "NOT_FOUND", styles=[{"style": "styles/none-such"}]),
@@ -112,6 +118,10 @@ async def test_bad_requests_are_refused_naming_the_field(
         ({"style_layers": {"relu1_9": 1}}, "did you mean relu1_2"),
         ({"model": "vgg99"}, "vgg19"),
         ({"size_px": 2048, "style_scale": 2.5}, "5120 px large; at most 4096 px"),
+        (
+            {"output": {"bit_depth": 16, "format": "IMAGE_FORMAT_WEBP"}},
+            "output.bit_depth must be 8, or 16 for results in PNG and TIFF, not 16",
+        ),
         ({"preview": {"interval": -1}}, "preview.interval must be from 0 to 10000, not -1"),
     ],
 )

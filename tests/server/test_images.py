@@ -1,8 +1,12 @@
-"""Image files in: every mode becomes the right RGB pixels, everything else is refused, and nothing else is raised."""
+"""Image files in: every mode becomes the right sRGB pixels, everything else is refused, and nothing else is raised.
+
+And out: what is in them besides pixels, in each format and depth.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import random
 import struct
 import zlib
@@ -10,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import pyvips
+from PIL import Image, ImageCms, ImageDraw
 
 from nst_server import images
 from nst_server.errors import InvalidField
@@ -43,6 +48,51 @@ def png(colour_type: int, depth: int, pixel: bytes, *chunks: tuple[bytes, bytes]
     rows = (b"\0" + pixel * 20) * 16
     parts = (chunk(b"IHDR", header), *(chunk(*each) for each in chunks), chunk(b"IDAT", zlib.compress(rows)))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def icc(space: bytes, connection: bytes, **tags: bytes) -> bytes:
+    """Return an ICC profile, version 2: of what is printed, if of inks, else of a screen."""
+    table, data = b"", b""
+    for name, content in tags.items():
+        table += name.encode() + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    device = b"prtr" if space == b"CMYK" else b"mntr"
+    white = struct.pack(">3i", 63190, 65536, 54061)  # D50, in units of 1/65,536
+    header = bytes(4) + b"\x02\x40\0\0" + device + space + connection + struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    header += b"acsp" + bytes(28) + white + bytes(48)
+    rest = struct.pack(">I", len(tags)) + table + data
+    return struct.pack(">I", 4 + len(header) + len(rest)) + header + rest
+
+
+def inks() -> bytes:
+    """Return an ICC lookup table from CMYK to Lab: the first ink is red, black is black, the others leave paper."""
+    ramp = bytes(range(256))
+    nodes = b"".join(
+        bytes((0, 128, 128)) if key else bytes((135, 200, 190)) if first else bytes((255, 128, 128))
+        for first in range(2)
+        for _ in range(4)
+        for key in range(2)
+    )
+    matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    return b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + matrix + ramp * 4 + nodes + ramp * 3
+
+
+EXCHANGED = images.srgb_profile().replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ").replace(b"----", b"gXYZ")
+"""sRGB, but what is red is called green, and green red."""
+
+D50 = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+LINEAR_GREY = icc(b"GRAY", b"XYZ ", wtpt=D50, kTRC=b"curv" + bytes(4) + struct.pack(">IHxx", 1, 256))
+RED_CYAN = icc(b"CMYK", b"Lab ", wtpt=D50, A2B0=inks())
+
+DEEP = [ImageFormat.PNG, ImageFormat.TIFF]
+ENCODINGS = [(file_format, 8) for file_format in ImageFormat] + [(file_format, 16) for file_format in DEEP]
+
+
+def deep_pixels(data: bytes) -> np.ndarray:
+    """Return a file's pixels, HWC uint16, as libvips reads them."""
+    pixels: np.ndarray = pyvips.Image.new_from_buffer(data, "").numpy()
+    assert pixels.dtype == np.uint16
+    return pixels
 
 
 PALETTE = (b"PLTE", bytes((10, 20, 30, 200, 100, 50)))
@@ -197,7 +247,8 @@ def test_mutated_files_raise_nothing_but_invalid_field() -> None:
     exif[0x010E] = "a description"
     sources = [picture_bytes(40, 30, format=kind) for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP")]
     sources += [data for data, _, _ in MODES.values()]
-    sources += [saved(opened(picture_bytes(40, 30)), kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")]
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        sources.append(saved(opened(picture_bytes(40, 30)), kind, exif=exif, icc_profile=images.srgb_profile()))
     for _ in range(300):
         data = bytearray(dice.choice(sources))
         for _ in range(dice.choice((1, 1, 2, 8))):
@@ -237,6 +288,121 @@ def test_fit_refuses_what_becomes_too_thin() -> None:
         images.fit(Image.new("RGB", (16, 5000)), 512, "content.data")
 
 
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_embedded_profiles_are_converted_to_srgb(file_format: str) -> None:
+    """A file whose profile says that its red is green and its green red comes out with the two exchanged."""
+    picture = opened(picture_bytes(48, 32))
+    quality = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(file_format, {})
+    without = saved(picture, file_format, **quality)
+    data = saved(picture, file_format, icc_profile=EXCHANGED, **quality)
+
+    assert np.abs(decoded(data).astype(int) - decoded(without)[..., [1, 0, 2]]).max() <= 1
+
+
+def test_profiles_of_other_colour_spaces_are_converted() -> None:
+    """Grey, ink, a palette, and grey of 16 bits; what is transparent stays so."""
+    linear_half = 188  # sRGB of half the light
+    grey = Image.new("L", (20, 16), 128)
+    assert np.abs(decoded(saved(grey, icc_profile=LINEAR_GREY)).astype(int) - linear_half).max() <= 1
+    deep = png(0, 16, b"\x80\x00", (b"iCCP", b"linear\0\0" + zlib.compress(LINEAR_GREY)))
+    assert np.abs(decoded(deep).astype(int) - linear_half).max() <= 1
+
+    ink = Image.new("CMYK", (20, 16), (255, 0, 0, 0))
+    for file_format in ("TIFF", "JPEG"):
+        red, green, blue = decoded(saved(ink, file_format, icc_profile=RED_CYAN, quality=100))[8, 8]
+        assert red > 200, "its first ink is red"
+        assert max(green, blue) < 60
+
+    palette = png(3, 8, b"\1", (b"iCCP", b"exchanged\0\0" + zlib.compress(EXCHANGED)), PALETTE)
+    assert np.abs(decoded(palette)[0, 0].astype(int) - (100, 200, 50)).max() <= 1
+
+    for mode, colour, profile, expected in (
+        ("RGBA", (200, 100, 50, 90), EXCHANGED, (100, 200, 50, 90)),
+        ("LA", (128, 90), LINEAR_GREY, (188, 188, 188, 90)),
+    ):
+        data = flat(mode, colour, icc_profile=profile)
+        pixels = np.asarray(images.decode_with_alpha(data, "content.data", MAX_PIXELS))
+        assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"no profile", images.srgb_profile()[:300], images.srgb_profile()[:128] + bytes(460)],
+    ids=["garbage", "truncated", "no tags"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_broken_profile_is_ignored(mode: str, profile: bytes) -> None:
+    """The picture is whole, so it is taken as if it had none."""
+    picture = opened(picture_bytes(40, 30, mode=mode, format="TIFF"))
+    assert np.array_equal(decoded(saved(picture, "TIFF", icc_profile=profile)), decoded(saved(picture, "TIFF")))
+
+
+@pytest.mark.parametrize(("mode", "space"), [("L", "RGB"), ("CMYK", "RGB"), ("RGB", "grey"), ("RGB", "ink")])
+def test_a_profile_of_another_colour_space_is_ignored(mode: str, space: str) -> None:
+    """As is one that does not fit."""
+    profile = {"RGB": EXCHANGED, "grey": LINEAR_GREY, "ink": RED_CYAN}[space]
+    picture = opened(picture_bytes(40, 30, mode=mode, format="TIFF"))
+    assert np.array_equal(decoded(saved(picture, "TIFF", icc_profile=profile)), decoded(saved(picture, "TIFF")))
+
+
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (flat("RGBA", (10, 20, 30, 254)), "RGBA"),
+        (flat("RGBA", (10, 20, 30, 255)), "RGB"),
+        (flat("LA", (10, 255)), "RGB"),
+        (flat("L", 10), "RGB"),
+        (MODES["palette, transparent"][0], "RGBA"),
+        (MODES["16-bit grey, transparent colour"][0], "RGBA"),
+        (MODES["grey, transparent colour"][0], "RGBA"),
+    ],
+)
+def test_alpha_that_is_opaque_everywhere_is_none(data: bytes, mode: str) -> None:
+    """RGBA only if anything is transparent, by whatever means the format has."""
+    assert images.decode_with_alpha(data, "content.data", MAX_PIXELS).mode == mode
+
+
+@pytest.mark.parametrize("stored", [(255, 255, 255), (0, 0, 0), (0, 255, 0)])
+@pytest.mark.parametrize("longer", [64, 200, 500])
+def test_a_cutout_has_no_fringe(stored: tuple[int, int, int], longer: int) -> None:
+    """A disc of one colour is of that colour to the picture's edges, whatever the file stores where it is not."""
+    large = Image.new("L", (800, 600))
+    ImageDraw.Draw(large).ellipse((200, 100, 500, 400), fill=255)
+    alpha = large.resize((200, 150), Image.Resampling.BOX)
+    picture = Image.new("RGB", alpha.size, stored)
+    picture.paste((200, 30, 60), mask=alpha.point(lambda value: 255 if value else 0))
+    picture.putalpha(alpha)
+
+    pixels, kept = images.fit_with_alpha(picture, longer, "content.data")
+
+    assert pixels.shape[:2] == (longer * 3 // 4, longer)
+    assert np.abs(pixels.astype(int) - (200, 30, 60)).max() <= 2
+    assert kept is not None
+    assert np.array_equal(kept, images.fit(alpha, longer, "content.data"))
+
+
+def test_gaps_take_on_the_nearest_colours() -> None:
+    """Left of a gap stays left: right stays right, and opaque pixels are what they were."""
+    pixels = np.zeros((60, 90, 4), np.uint8)
+    pixels[:, :30], pixels[:, 60:] = (255, 0, 0, 255), (0, 0, 255, 255)
+
+    filled, _ = images.fit_with_alpha(Image.fromarray(pixels), 90, "content.data")
+
+    assert np.array_equal(filled[:, :30], pixels[:, :30, :3])
+    assert np.array_equal(filled[:, 60:], pixels[:, 60:, :3])
+    assert filled[:, 30:33, 0].min() > 2 * int(filled[:, 30:33, 2].max())
+    assert filled[:, 57:60, 2].min() > 2 * int(filled[:, 57:60, 0].max())
+    assert filled[..., 1].max() == 0
+
+
+def test_nothing_but_transparency_is_no_error() -> None:
+    """It has no colours to take on, and nobody will see any."""
+    pixels, alpha = images.fit_with_alpha(Image.new("RGBA", (20, 17)), 20, "content.data")
+    assert pixels.shape == (17, 20, 3)
+    assert alpha is not None
+    assert alpha.max() == 0
+
+
 @pytest.mark.parametrize("file_format", list(ImageFormat))
 def test_encode_gives_the_size_and_format_asked_for(file_format: ImageFormat) -> None:
     """As large as asked for, in the format asked for."""
@@ -256,6 +422,71 @@ def test_encode_gives_the_size_and_format_asked_for(file_format: ImageFormat) ->
 def test_previews_are_scaled_down_and_never_up(size: tuple[int, int], longer: int, expected: tuple[int, int]) -> None:
     """At most the longer edge asked for, at least one pixel."""
     assert images.preview_size(*size, longer) == expected
+
+
+@pytest.mark.parametrize("file_format", list(ImageFormat))
+def test_alpha_is_carried_into_the_file(file_format: ImageFormat) -> None:
+    """Scaled to the file's size, colours left as they are; JPEG, which has none, is laid over white."""
+    pixels = np.full((32, 48, 3), (200, 100, 50), np.uint8)
+    alpha = np.zeros((64, 96), np.uint8)
+    alpha[:, 48:], alpha[:, 72:] = 128, 255
+    picture = opened(images.encode(pixels, Encoding(file_format, 95), (24, 16), alpha=alpha).data)
+
+    assert picture.size == (24, 16)
+    found = np.asarray(picture)[8, [4, 15, 21]].astype(int)
+    if file_format is ImageFormat.JPEG:
+        assert np.abs(found - [(255, 255, 255), (227, 177, 152), (200, 100, 50)]).max() <= 6
+    else:
+        assert found[:, 3].tolist() == [0, 128, 255]
+        assert np.abs(found[1:, :3] - (200, 100, 50)).max() <= 3
+
+
+@pytest.mark.parametrize("file_format", DEEP)
+@pytest.mark.parametrize("transparent", [False, True])
+def test_sixteen_bits_are_lossless(file_format: ImageFormat, transparent: bool) -> None:
+    """Other readers find every one of 65,536 levels and the alpha; Pillow finds the same picture in 8 bits."""
+    pixels = np.random.default_rng(0).permutation(65_536).astype(np.uint16).reshape(128, 512, 1).repeat(3, 2)
+    pixels[..., 1], pixels[..., 2] = pixels[::-1, :, 0], 65_535
+    alpha = np.arange(512, dtype=np.uint16).clip(0, 255).astype(np.uint8)[None].repeat(128, 0) if transparent else None
+    encoded = images.encode(pixels, Encoding(file_format, 95, 16), alpha=alpha, parameters={"a": 1})
+
+    expected = pixels if alpha is None else np.dstack((pixels, alpha * np.uint16(257)))
+    assert np.array_equal(deep_pixels(encoded.data), expected)
+    assert (encoded.format, encoded.width, encoded.height) == (file_format, 512, 128)
+    picture = opened(encoded.data)
+    assert picture.mode == ("RGBA" if transparent else "RGB")
+    assert np.abs(np.asarray(picture) - expected / 257).max() <= 1
+
+
+@pytest.mark.parametrize(("file_format", "bit_depth"), ENCODINGS)
+def test_every_file_says_that_it_is_srgb(file_format: ImageFormat, bit_depth: int) -> None:
+    """An ICC profile is embedded, whose date is not that of the file, and which changes nothing when read here."""
+    pixels = np.full((20, 30, 3), 100, np.uint8).astype(f"uint{bit_depth}")
+    data = images.encode(pixels, Encoding(file_format, 90, bit_depth)).data
+
+    embedded = ImageCms.ImageCmsProfile(io.BytesIO(opened(data).info["icc_profile"]))
+    assert ImageCms.getProfileDescription(embedded).startswith("sRGB")
+    assert embedded.profile.creation_date is not None
+    assert embedded.profile.creation_date.year == 2000
+    assert np.array_equal(decoded(data), np.asarray(opened(data)))
+    assert 0x010E not in opened(data).getexif()
+
+
+@pytest.mark.parametrize(("file_format", "bit_depth"), ENCODINGS)
+@pytest.mark.parametrize("transparent", [False, True])
+def test_parameters_are_embedded(file_format: ImageFormat, bit_depth: int, transparent: bool) -> None:
+    """Pillow finds them in every format and depth, as ASCII; the same picture gives the same bytes."""
+    pixels = np.full((20, 30, 3), 100, np.uint8).astype(f"uint{bit_depth}")
+    alpha = np.full((20, 30), 99, np.uint8) if transparent else None
+    parameters = {"title": "é🎨", "weights": [1.5, None], "long": "x" * 20_000}
+    encoding = Encoding(file_format, 90, bit_depth)
+    data = images.encode(pixels, encoding, alpha=alpha, parameters=parameters).data
+
+    exif = opened(data).getexif()
+    assert exif[0x010E].isascii()
+    assert json.loads(exif[0x010E]) == parameters
+    assert exif[0x0131].startswith("nst 0.")
+    assert data == images.encode(pixels, encoding, alpha=alpha, parameters=parameters).data
 
 
 def test_png_is_lossless_and_jpeg_keeps_full_colour_resolution() -> None:

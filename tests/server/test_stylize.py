@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import importlib.metadata
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import pyvips
+from PIL import Image, ImageDraw
 
-from nst.v1 import image_pb2, job_pb2, options_pb2, style_transfer_service_pb2
-from nst_server import Server
-from tests.server.conftest import FOREVER, STRICT_TIMEOUT_S, Caller, Refusal, Told, noise, opened, read_until, until
+from nst.v1 import image_pb2, job_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
+from nst_model import StylizeOptions
+from nst_server import Server, convert
+from tests.server.conftest import (
+    FOREVER,
+    STRICT_TIMEOUT_S,
+    Caller,
+    Refusal,
+    Told,
+    noise,
+    opened,
+    read_until,
+    saved,
+    until,
+)
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -63,7 +80,7 @@ async def test_snapshot_has_every_option_filled_in(caller: Caller, ask: Ask) -> 
     for field in options_pb2.StylizeOptions.DESCRIPTOR.fields:
         if field.enum_type is not None:
             assert getattr(job.options, field.name), field.name
-        elif field.message_type is None and not field.is_repeated:
+        elif not field.is_repeated:
             assert job.options.HasField(field.name), field.name
     assert dict(job.options.content_layers) == {"relu4_2": 1.0}
     assert dict(job.options.style_layers) == {"relu1_1": 2.0}
@@ -130,7 +147,7 @@ async def test_coarse_scales_are_streamed_like_the_last(caller: Caller, ask: Ask
     assert told.of("result")[0].result.iteration >= total - 3, "the best of the last scale, not of a coarser one"
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 async def test_previews_come_in_the_format_and_size_asked_for(caller: Caller, ask: Ask, file_format: str) -> None:
     """Every frame is a file of that format whose longer edge is `preview.size_px`."""
     encoding = {"format": f"IMAGE_FORMAT_{file_format}", "quality": 70}
@@ -202,7 +219,7 @@ async def test_interval_0_means_no_previews(caller: Caller, ask: Ask) -> None:
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 async def test_result_comes_in_the_format_asked_for(caller: Caller, ask: Ask, file_format: str) -> None:
     """The same job gives the same picture in each format, up to compression."""
     output = {"format": f"IMAGE_FORMAT_{file_format}", "quality": 100}
@@ -212,7 +229,104 @@ async def test_result_comes_in_the_format_asked_for(caller: Caller, ask: Ask, fi
     assert opened(told.result).format == file_format
     assert opened(reference.result).format == "PNG"
     difference = np.abs(told.pixels.astype(float) - reference.pixels)
-    assert difference.mean() < (0.01 if file_format == "PNG" else 4)
+    assert difference.mean() < (0.01 if file_format in ("PNG", "TIFF") else 4)
+
+
+def cutout() -> bytes:
+    """Return a PNG, 96×64 px: a disc of one colour, its edge soft, white stored around it."""
+    alpha = Image.new("L", (960, 640))
+    ImageDraw.Draw(alpha).ellipse((300, 100, 700, 500), fill=255)
+    picture = Image.new("RGBA", (96, 64), (255, 255, 255, 0))
+    picture.paste((200, 30, 60), mask=alpha.resize((96, 64), Image.Resampling.BOX).point(lambda value: value and 255))
+    picture.putalpha(alpha.resize((96, 64), Image.Resampling.BOX))
+    return saved(picture)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "bit_depth"), [("PNG", 8), ("WEBP", 8), ("TIFF", 8), ("PNG", 16), ("TIFF", 16)]
+)
+async def test_transparency_is_carried_through(caller: Caller, ask: Ask, file_format: str, bit_depth: int) -> None:
+    """Result and previews have the content's alpha, at their size; where anything is seen there is no fringe."""
+    output = {"format": f"IMAGE_FORMAT_{file_format}", "bit_depth": bit_depth}
+    preview = {"size_px": 24, "encoding": {"format": "IMAGE_FORMAT_PNG"}}
+    told = await caller.told(
+        ask(content=cutout(), style_weight=0.0, size_px=96, preview=preview, output=output, iterations=1)
+    )
+
+    original = np.asarray(opened(cutout()))
+    assert np.array_equal(told.pixels[..., 3], original[..., 3])
+    seen = told.pixels[told.pixels[..., 3] > 0]
+    assert np.abs(seen[:, :3].astype(int) - (200, 30, 60)).max() <= (12 if file_format == "WEBP" else 2)
+    frame = opened(told.frames[0][3])
+    assert (frame.mode, frame.size) == ("RGBA", (24, 16))
+    expected = np.asarray(opened(cutout()).getchannel("A").resize((24, 16), Image.Resampling.BOX))
+    assert np.array_equal(np.asarray(frame)[..., 3], expected)
+
+
+async def test_transparency_is_white_in_a_jpeg(caller: Caller, ask: Ask) -> None:
+    """JPEG has no alpha: results and previews in it are laid over white."""
+    told = await caller.told(ask(content=cutout(), size_px=96, output={"format": "IMAGE_FORMAT_JPEG"}))
+
+    for data in (told.result, told.frames[0][3]):
+        corner = np.asarray(opened(data))[:8, :8]
+        assert corner.shape[2] == 3
+        assert corner.min() > 245
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+async def test_sixteen_bits_are_not_eight(caller: Caller, ask: Ask, file_format: str) -> None:
+    """A result of 16 bits is the one of 8 bits, with more levels between."""
+    output = {"format": f"IMAGE_FORMAT_{file_format}", "bit_depth": 16}
+    told = await caller.told(ask(size_px=96, iterations=5, output=output))
+    rounded = await caller.told(ask(size_px=96, iterations=5))
+
+    pixels = pyvips.Image.new_from_buffer(told.result, "").numpy()
+    assert pixels.dtype == np.uint16
+    assert np.abs(pixels / 257 - rounded.pixels).max() <= 0.51
+    assert len(np.unique(pixels)) > 3000
+    assert told.result != rounded.result
+
+
+@pytest.mark.parametrize(
+    ("file_format", "bit_depth"), [("PNG", 8), ("JPEG", 8), ("WEBP", 8), ("TIFF", 8), ("PNG", 16), ("TIFF", 16)]
+)
+async def test_a_result_says_how_it_was_made(
+    caller: Caller, ask: Ask, shared: Server, photo: bytes, painting: bytes, file_format: str, bit_depth: int
+) -> None:
+    """Enough to make it again: model, options, images by their hashes; what came of it; previews say nothing."""
+    style = {"style_id": "two", "style": {"images": [{"image": {"data": data}} for data in (painting, photo)]}}
+    await caller.styles.CreateStyle(style_service_pb2.CreateStyleRequest(**style))
+    request = ask(
+        styles=[{"style": "two", "weight": 3}, {"image": {"data": painting}}],
+        output={"format": f"IMAGE_FORMAT_{file_format}", "bit_depth": bit_depth},
+        style_layers={"relu1_1": 2.0},
+    )
+    told = await caller.told(request)
+
+    exif = opened(told.result).getexif()
+    version = importlib.metadata.version("nst-service")
+    assert exif[0x0131] == f"nst {version}"
+    found = json.loads(exif[0x010E])
+    options = found.pop("options")
+    hashes = [hashlib.sha256(data).hexdigest() for data in (photo, painting)]
+    (result,) = told.of("result")
+    assert found == {
+        "nst": version,
+        "model": "vgg16",
+        "model_sha256": hashlib.sha256(shared._settings.weights["vgg16"].read_bytes()).hexdigest(),
+        "content_sha256": hashes[0],
+        "styles": [
+            {"sha256": hashes[::-1], "weight": 3.0, "name": "styles/two"},
+            {"sha256": [hashes[1]], "weight": 1.0},
+        ],
+        "loss": result.result.loss,
+        "iteration": result.result.iteration,
+        "stop_reason": "iterations",
+    }
+    assert StylizeOptions(**options) == convert.options_from_proto(told.job.options)
+    assert (options["preset"], options["style_layers"]) == ("gatys", {"relu1_1": 2.0})
+    assert not opened(told.frames[0][3]).getexif()
+    await caller.styles.DeleteStyle(style_service_pb2.DeleteStyleRequest(name="styles/two"))
 
 
 async def test_result_quality_matters(caller: Caller, ask: Ask) -> None:
