@@ -395,6 +395,17 @@ def test_gaps_take_on_the_nearest_colours() -> None:
     assert filled[..., 1].max() == 0
 
 
+def test_a_single_pixel_colours_what_is_around_it() -> None:
+    """What is nearest counts, however little there is of it and however much of something else."""
+    pixels = np.zeros((64, 128, 4), np.uint8)
+    pixels[:, 64:], pixels[32, 20] = (0, 0, 255, 255), (255, 0, 0, 255)
+
+    filled, _ = images.fit_with_alpha(Image.fromarray(pixels), 128, "content.data")
+
+    near = filled[31:34, 19:22].astype(int)
+    assert (near[..., 0] > 2 * near[..., 2]).all()
+
+
 def test_nothing_but_transparency_is_no_error() -> None:
     """It has no colours to take on, and nobody will see any."""
     pixels, alpha = images.fit_with_alpha(Image.new("RGBA", (20, 17)), 20, "content.data")
