@@ -231,8 +231,8 @@ def stylize(
     say = _stay_silent if quiet or json else _say
     example = None if like is None else Example.of(like)
     order = Order(
-        content=sys.stdin.buffer.read() if photo == STDIO else photo,
         styles=_styles(styles or [], example),
+        content=sys.stdin.buffer.read() if photo == STDIO else photo,
         init_image=init_image,
         model=model,
         options=flag_values(OPTIONS, options),
