@@ -29,6 +29,7 @@ from nst_client.errors import (
 )
 from nst_client.events import Event, Frame, Progress, Result, Snapshot, StateChange
 from nst_client.images import ImageFormat, ImageSource, Picture
+from nst_client.parameters import Parameters, StyleRecord, read_parameters
 from nst_client.resources import (
     NO_PREVIEW,
     Encoding,
@@ -42,10 +43,12 @@ from nst_client.resources import (
     OptionDescription,
     OptionType,
     PreparedGrams,
+    Preset,
     Preview,
     StopReason,
     Style,
     StyleImage,
+    StyleInput,
     StyleName,
     Weighted,
 )
@@ -82,8 +85,10 @@ __all__ = [
     "Numbers",
     "OptionDescription",
     "OptionType",
+    "Parameters",
     "Picture",
     "PreparedGrams",
+    "Preset",
     "Preview",
     "Progress",
     "QueueFullError",
@@ -95,9 +100,12 @@ __all__ = [
     "StopReason",
     "Style",
     "StyleImage",
+    "StyleInput",
     "StyleName",
+    "StyleRecord",
     "Stylization",
     "UnavailableError",
     "UnknownOptionError",
     "Weighted",
+    "read_parameters",
 ]

@@ -18,7 +18,7 @@ from nst_client.errors import ClientClosedError, UnavailableError
 from nst_client.events import Event, Result
 from nst_client.images import ImageSource
 from nst_client.requests import StyleImages, Styles, create_style_request, style_name, stylize_request
-from nst_client.resources import Encoding, Job, Model, OptionDescription, Preview, Style, StyleName
+from nst_client.resources import Encoding, Job, Model, OptionDescription, Preset, Preview, Style, StyleName
 from nst_client.status import nst_error
 from nst_client.stream import JobStream
 
@@ -83,6 +83,7 @@ class AsyncClient:
         content: ImageSource,
         styles: Styles,
         *,
+        init_image: ImageSource | None = None,
         model: str | None = None,
         preview: Preview | None = None,
         output: Encoding | str | None = None,
@@ -98,7 +99,14 @@ class AsyncClient:
             stubs = self._open()
             # In a thread: reading files and encoding PIL images would hold up the event loop.
             request = await asyncio.to_thread(
-                stylize_request, content, styles, model=model, preview=preview, output=output, options=options
+                stylize_request,
+                content,
+                styles,
+                init_image=init_image,
+                model=model,
+                preview=preview,
+                output=output,
+                options=options,
             )
             call = stubs.transfer.Stylize(request, timeout=timeout_s)
             self._calls.add(call)
@@ -111,6 +119,12 @@ class AsyncClient:
         request = style_transfer_service_pb2.DescribeOptionsRequest()
         response = await self._call(self._open().transfer.DescribeOptions, request)
         return [convert.option_description(option) for option in response.options]
+
+    async def describe_presets(self) -> list[Preset]:
+        """Return the presets that the server knows, each with all the options it stands for."""
+        request = style_transfer_service_pb2.DescribeOptionsRequest()
+        response = await self._call(self._open().transfer.DescribeOptions, request)
+        return [convert.preset(preset) for preset in response.presets]
 
     async def create_style(self, images: StyleImages, *, style_id: str | None = None, display_name: str = "") -> Style:
         """Keep a style on the server and return it; see `Client.create_style`."""

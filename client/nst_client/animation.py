@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nst_client.errors import InvalidArgumentError
 from nst_client.events import Frame, Result
 from nst_client.files import write_whole
-from nst_client.images import Picture
+from nst_client.images import Picture, over_white
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,6 +132,6 @@ def _decoded(picture: Picture) -> Image.Image:
     from PIL import Image  # noqa: PLC0415 - only those who want an animation pay for it
 
     with Image.open(io.BytesIO(picture.data)) as file:
-        image = file.convert("RGB")
+        image = over_white(file)
     image.thumbnail((LONGEST_EDGE_PX, LONGEST_EDGE_PX))
     return image

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,9 +43,20 @@ from nst_client.files import write_whole
 from nst_client.flags import flag_values, with_option_flags
 from nst_client.images import ImageFormat, format_of_path
 from nst_client.json_lines import json_line
+from nst_client.like import Example, Order
 from nst_client.options import OPTIONS
 from nst_client.reference import field_comments
-from nst_client.resources import Encoding, Preview, StyleName, StyleSource, Weighted
+from nst_client.resources import (
+    Encoding,
+    OptionDescription,
+    OptionType,
+    OptionValue,
+    Preset,
+    Preview,
+    StyleInput,
+    StyleName,
+    Weighted,
+)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -60,6 +71,25 @@ reached or has no room: try again later; 130 interrupted.
 STORED_STYLE = re.compile(r"styles/[a-z][a-z0-9-]*")
 STDIO = "-"
 PIPE_WIDTH = 160
+
+STYLE_HELP = """
+One style or several: image files or stored styles (styles/ID). A share in the mixture follows an @: waves.jpg@2
+styles/starry@1. A file whose own name is like that: ./styles/ID, or odd@2@1. With --like it may be left out.
+"""
+LIKE_HELP = """
+Make it like this picture, which nst made: model and options are those that it carries, and its styles, with their
+shares, if no STYLE is named and all are kept on the server. Flags given here win; with --preset only its size_px and
+seed are taken.
+"""
+REGION_HELP = """
+Where in the picture the Nth STYLE belongs: an image of PHOTO's proportions, white there, black elsewhere. What the
+regions leave over belongs to the styles without one. Once for each style.
+"""
+STYLE_REGION_HELP = """
+Which part of the Nth STYLE's image to take the style from: an image of its proportions, white there, black elsewhere.
+Once for each style.
+"""
+FORMATS = "jpeg|png|webp|tiff"
 
 
 class ErrorsAsExitCodes(typer.core.TyperGroup):
@@ -134,22 +164,31 @@ def nst(
 def stylize(
     photo: Annotated[str, typer.Argument(metavar="PHOTO", help="The photograph: an image file, or - for stdin.")],
     styles: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="STYLE...",
-            help="One style or several: image files or stored styles (styles/ID). A share in the mixture follows an"
-            " @: waves.jpg@2 styles/starry@1. A file whose own name is like that: ./styles/ID, or odd@2@1.",
-        ),
-    ],
+        list[str] | None, typer.Argument(metavar="STYLE", help=" ".join(STYLE_HELP.split()), show_default=False)
+    ] = None,
     *,
     out: Annotated[
-        str, typer.Option("--out", "-o", metavar="OUT", help="The picture: .png, .jpg, .webp, or - for stdout.")
+        str, typer.Option("--out", "-o", metavar="OUT", help="The picture: .png, .jpg, .webp, .tif, or - for stdout.")
     ],
     output_format: Annotated[
         ImageFormat | None,
-        typer.Option(metavar="jpeg|png|webp", help="Format of the picture, where OUT does not say it."),
+        typer.Option(metavar=FORMATS, help="Format of the picture, where OUT does not say it."),
     ] = None,
     quality: Annotated[int | None, typer.Option(metavar="N", help=_help("Encoding", "quality"))] = None,
+    bit_depth: Annotated[int | None, typer.Option(metavar="N", help=_help("Encoding", "bit_depth"))] = None,
+    like: Annotated[Path | None, typer.Option(metavar="RESULT", help=" ".join(LIKE_HELP.split()))] = None,
+    region: Annotated[
+        list[str] | None, typer.Option(metavar="N=MASK", help=" ".join(REGION_HELP.split()), show_default=False)
+    ] = None,
+    style_region: Annotated[
+        list[str] | None, typer.Option(metavar="N=MASK", help=" ".join(STYLE_REGION_HELP.split()), show_default=False)
+    ] = None,
+    init_image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The picture to start from, an earlier OUT for instance. Implies --init image."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Feature model; `nst models` lists them. Default: the server's.")
     ] = None,
@@ -169,7 +208,7 @@ def stylize(
         int | None, typer.Option(metavar="N", help=f"Of frames. {_help('Preview', 'interval')}")
     ] = None,
     preview_format: Annotated[
-        ImageFormat | None, typer.Option(metavar="jpeg|png|webp", help="Format of frames. Default: JPEG.")
+        ImageFormat | None, typer.Option(metavar=FORMATS, help="Format of frames. Default: JPEG.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
     json: Annotated[
@@ -189,25 +228,36 @@ def stylize(
         encoding=None if preview_format is None else Encoding(format=preview_format),
     )
     recorder = Recorder(save_frames, animation)
-    with (
-        Client(server) as client,
-        client.stylize(
-            sys.stdin.buffer.read() if photo == STDIO else photo,
-            [_style(text) for text in styles],
-            model=model,
+    say = _stay_silent if quiet or json else _say
+    example = None if like is None else Example.of(like)
+    order = Order(
+        styles=_styles(styles or [], example),
+        content=sys.stdin.buffer.read() if photo == STDIO else photo,
+        init_image=init_image,
+        model=model,
+        options=flag_values(OPTIONS, options),
+    )
+    order = order if example is None else example.complete(order)
+    order = _with_masks(order, regions=region or [], style_regions=style_region or []).read()
+    with Client(server) as client:
+        for difference in () if example is None else example.differences(order, client):
+            say(f"note: {difference}")
+        stylization = client.stylize(
+            order.content,
+            order.styles,
+            init_image=order.init_image,
+            model=order.model,
             preview=preview,
-            output=Encoding(format=target.format, quality=quality),
+            output=Encoding(format=target.format, quality=quality, bit_depth=bit_depth),
             timeout_s=timeout,
-            **flag_values(OPTIONS, options),
-        ) as stylization,
-        _interruptible(stylization),
-    ):
-        result = _watched(stylization, _display(quiet=quiet, json=json), recorder)
-        say = _stay_silent if quiet or json else _say
-        target.write(result)
-        say(_summary(target, result, stylization))
-        for written in recorder.finish(result):
-            say(f"wrote {written}")
+            **order.options,
+        )
+        with stylization, _interruptible(stylization):
+            result = _watched(stylization, _display(quiet=quiet, json=json), recorder)
+            target.write(result)
+            say(_summary(target, result, stylization))
+            for written in recorder.finish(result):
+                say(f"wrote {written}")
 
 
 @styles_app.command("create", no_args_is_help=True)
@@ -292,21 +342,16 @@ def models(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
 
 @app.command()
 def options(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
-    """List the options of a picture with the server's defaults and bounds."""
+    """List the options of a picture with the server's defaults and bounds, and the presets with what they change."""
     with Client(server) as client:
-        described = client.describe_options()
+        described, presets = client.describe_options(), client.describe_presets()
     if json:
-        return _print_json(described)
-    rows = [
-        (
-            f"--{option.name.replace('_', '-')}",
-            _plain(option.default),
-            ", ".join(option.choices) or _range(option.minimum, option.maximum, option.unit),
-            option.description,
-        )
-        for option in described
-    ]
-    return _print_table(("option", "default", "allowed", "meaning"), rows)
+        return _print_json([*described, *presets])
+    rows = [(_flag(option.name), _plain(option.default), _allowed(option), option.description) for option in described]
+    _print_table(("option", "default", "allowed", "meaning"), rows)
+    defaults = {option.name: option.default for option in described}
+    changes = [(preset.name, preset.description, _changes(preset, defaults)) for preset in presets]
+    return _print_table(("preset", "meaning", "what it changes"), changes) if presets else None
 
 
 @dataclass(frozen=True)
@@ -417,9 +462,42 @@ def _check_directory(path: Path) -> None:
         raise InvalidArgumentError(f"the directory {str(path.parent)!r} cannot be written to")
 
 
-def _style(text: str) -> StyleSource | Weighted[StyleSource]:
-    style: StyleSource | Weighted[StyleSource] = _weighted(text, _stored_or_file)
-    return style
+def _styles(texts: Sequence[str], example: Example | None) -> list[StyleInput]:
+    if not texts and example is None:
+        raise typer.BadParameter("name one at least, or a picture with --like", param_hint="STYLE")
+    return [_style(text) for text in texts]
+
+
+def _style(text: str) -> StyleInput:
+    style = _weighted(text, _stored_or_file)
+    return StyleInput(style.source, weight=style.weight) if isinstance(style, Weighted) else StyleInput(style)
+
+
+def _with_masks(order: Order, *, regions: Sequence[str], style_regions: Sequence[str]) -> Order:
+    count = len(order.styles)
+    region = _masks(regions, count=count, flag="--region")
+    style_region = _masks(style_regions, count=count, flag="--style-region")
+    styles = [
+        replace(style, region=region.get(number), style_region=style_region.get(number))
+        for number, style in enumerate(order.styles, start=1)
+    ]
+    return replace(order, styles=styles)
+
+
+def _masks(texts: Sequence[str], *, count: int, flag: str) -> dict[int, Path]:
+    """Return the masks by the number of their style, from 1."""
+    masks: dict[int, Path] = {}
+    for text in texts:
+        written, _, mask = text.partition("=")
+        if not (mask and written.isascii() and written.isdigit()):
+            raise typer.BadParameter(f"must be like 1=mask.png, not {text!r}", param_hint=flag)
+        number = int(written)
+        if not 1 <= number <= count:
+            raise typer.BadParameter(f"{text!r}: styles are numbered 1 to {count}", param_hint=flag)
+        if number in masks:
+            raise typer.BadParameter(f"{text!r}: style {number} has a mask already", param_hint=flag)
+        masks[number] = Path(mask)
+    return masks
 
 
 def _stored_or_file(name: str) -> StyleName | Path:
@@ -496,10 +574,38 @@ def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _plain(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={weight:g}" for key, weight in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _changes(preset: Preset, defaults: Mapping[str, OptionValue | None]) -> str:
+    """Return the flags that change the defaults as the preset does."""
+    changed = {
+        name: value for name, value in preset.options.items() if name != "preset" and value != defaults.get(name)
+    }
+    return " ".join(_written(name, value) for name, value in changed.items()) or "nothing"
+
+
+def _written(name: str, value: OptionValue) -> str:
+    if isinstance(value, bool):
+        return _flag(name if value else f"no_{name}")
+    return f"{_flag(name)} {_plain(value).replace(' ', '')}"
+
+
+def _allowed(option: OptionDescription) -> str:
+    if option.type is OptionType.BOOLEAN:
+        return "true, false"
+    return ", ".join(option.choices) or _range(option.minimum, option.maximum, option.unit)
 
 
 def _range(minimum: float | None, maximum: float | None, unit: str) -> str:

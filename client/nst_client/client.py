@@ -15,7 +15,7 @@ from nst_client.errors import ClientClosedError, UnavailableError
 from nst_client.events import Event, Result
 from nst_client.images import ImageSource
 from nst_client.requests import StyleImages, Styles, create_style_request, style_name, stylize_request
-from nst_client.resources import Encoding, Job, Model, OptionDescription, Preview, Style, StyleName
+from nst_client.resources import Encoding, Job, Model, OptionDescription, Preset, Preview, Style, StyleName
 from nst_client.status import nst_error
 from nst_client.stream import JobStream
 
@@ -86,6 +86,7 @@ class Client:
         content: ImageSource,
         styles: Styles,
         *,
+        init_image: ImageSource | None = None,
         model: str | None = None,
         preview: Preview | None = None,
         output: Encoding | str | None = None,
@@ -95,7 +96,10 @@ class Client:
         """Start making a picture and return the stream that tells of it.
 
         `content` is the photograph; `styles` is one style or several, each an image, a stored style (`StyleName`,
-        `Style`) or one of these in `Weighted`. Images are paths, the bytes of a file or PIL images.
+        `Style`), or one of these in `Weighted` or, with regions, in `StyleInput`. Images are paths, the bytes of a
+        file or PIL images.
+
+        `init_image` is the picture to start from, another run's result for instance; it implies `init="image"`.
 
         `model` names the feature model, `preview` says which frames to stream, `output` how to encode the result
         (an `Encoding` or just a format, `"jpeg"`). `timeout_s` bounds the whole job, waiting included; None for no
@@ -106,7 +110,9 @@ class Client:
         stream.
         """
         stubs = self._open()
-        request = stylize_request(content, styles, model=model, preview=preview, output=output, options=options)
+        request = stylize_request(
+            content, styles, init_image=init_image, model=model, preview=preview, output=output, options=options
+        )
         return Stylization(stubs.transfer.Stylize(request, timeout=timeout_s), address=self.address)
 
     def describe_options(self) -> list[OptionDescription]:
@@ -114,6 +120,12 @@ class Client:
         request = style_transfer_service_pb2.DescribeOptionsRequest()
         response = self._call(self._open().transfer.DescribeOptions, request)
         return [convert.option_description(option) for option in response.options]
+
+    def describe_presets(self) -> list[Preset]:
+        """Return the presets that the server knows, each with all the options it stands for."""
+        request = style_transfer_service_pb2.DescribeOptionsRequest()
+        response = self._call(self._open().transfer.DescribeOptions, request)
+        return [convert.preset(preset) for preset in response.presets]
 
     def create_style(self, images: StyleImages, *, style_id: str | None = None, display_name: str = "") -> Style:
         """Keep a style on the server and return it; the same images and weights give the same style again.

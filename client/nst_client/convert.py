@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from nst.v1 import job_pb2, model_service_pb2, options_pb2, style_service_pb2
+from nst.v1 import job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client.options import choice_name, read_fields
 from nst_client.resources import (
     Job,
@@ -25,6 +25,7 @@ from nst_client.resources import (
     OptionType,
     OptionValue,
     PreparedGrams,
+    Preset,
     Style,
     StyleImage,
 )
@@ -126,6 +127,11 @@ def option_description(message: options_pb2.OptionDescription) -> OptionDescript
     )
 
 
+def preset(message: style_transfer_service_pb2.PresetDescription) -> Preset:
+    """Return the preset that a message holds."""
+    return Preset(name=message.name, description=message.description, options=read_fields(message.options))
+
+
 def time(message: Timestamp) -> datetime:
     """Return a moment of the wire, UTC."""
     moment: datetime = message.ToDatetime(tzinfo=UTC)
@@ -155,4 +161,6 @@ def _default(message: options_pb2.OptionDescription, kind: OptionType) -> Option
     if isinstance(value, Mapping):
         return dict(sorted(value.items()))
     # google.protobuf.Value knows one kind of number, the double.
+    if kind is OptionType.INTEGERS and isinstance(value, list):
+        return [int(entry) for entry in value]
     return int(value) if kind is OptionType.INTEGER and isinstance(value, float) else value

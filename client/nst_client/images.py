@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from nst_client.errors import ImageNotReadableError, InvalidArgumentError
 from nst_client.files import write_whole
@@ -23,7 +23,11 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
 MAX_FILE_BYTES = 1 << 30
 """No file above this is read: a message of protobuf ends at 2 GiB, and servers take far less."""
 
-RE_ENCODING_QUALITY = 95
+DESCRIPTION = 0x010E
+"""The EXIF field ImageDescription, in which a result carries the parameters of its making."""
+
+DESCRIPTIVE_FIELDS = (DESCRIPTION, 0x0131, 0x0132, 0x013B, 0x8298)
+"""EXIF fields that stay true when a picture is encoded again: besides, Software, DateTime, Artist and Copyright."""
 
 
 class ImageFormat(StrEnum):
@@ -34,6 +38,7 @@ class ImageFormat(StrEnum):
     JPEG = "jpeg"
     PNG = "png"
     WEBP = "webp"
+    TIFF = "tiff"
 
 
 FORMAT_OF_SUFFIX = {
@@ -41,7 +46,17 @@ FORMAT_OF_SUFFIX = {
     ".jpeg": ImageFormat.JPEG,
     ".png": ImageFormat.PNG,
     ".webp": ImageFormat.WEBP,
+    ".tif": ImageFormat.TIFF,
+    ".tiff": ImageFormat.TIFF,
 }
+
+RE_ENCODING: dict[ImageFormat, dict[str, object]] = {
+    ImageFormat.JPEG: {"quality": 95, "subsampling": "4:4:4"},
+    ImageFormat.PNG: {},
+    ImageFormat.WEBP: {"quality": 95},
+    ImageFormat.TIFF: {"compression": "tiff_deflate"},
+}
+"""What Pillow is told for each format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +74,7 @@ class Picture:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The picture as a PIL image, RGB; decoded at the first use."""
+        """The picture as a PIL image, RGB or RGBA of 8 bits a channel; decoded at the first use."""
         from PIL import Image  # noqa: PLC0415 - costs more to import than this whole package
 
         image = Image.open(io.BytesIO(self.data))
@@ -70,7 +85,9 @@ class Picture:
         """Write the picture to a file, in one step, and return the path.
 
         The bytes are written as they came, unless the suffix names another format (`.png`, `.jpg`, `.jpeg`,
-        `.webp`): then the picture is encoded again, at quality 95 if that format is lossy.
+        `.webp`, `.tif`, `.tiff`): then the picture is encoded again, with 8 bits a channel, at quality 95 if that
+        format is lossy. Colour profile and parameters stay, and so does transparency; only JPEG knows none, and
+        transparent parts are laid over white.
 
         Raises InvalidArgumentError for any other suffix, and OSError if the file cannot be written.
         """
@@ -78,9 +95,31 @@ class Picture:
         return write_whole(path, self.data if wanted is self.format else self._encoded_as(wanted))
 
     def _encoded_as(self, wanted: ImageFormat) -> bytes:
+        from PIL import Image  # noqa: PLC0415 - costs more to import than this whole package
+
+        settings = dict(RE_ENCODING[wanted])
+        described = self.image.getexif()
+        exif = Image.Exif()
+        exif.update({field: described[field] for field in DESCRIPTIVE_FIELDS if field in described})
+        if exif:
+            settings["exif"] = exif
+        if "icc_profile" in self.image.info:
+            settings["icc_profile"] = self.image.info["icc_profile"]
+        opaque = wanted is ImageFormat.JPEG or not self.image.has_transparency_data
         buffer = io.BytesIO()
-        self.image.convert("RGB").save(buffer, wanted.upper(), quality=RE_ENCODING_QUALITY, subsampling="4:4:4")
+        image = over_white(self.image) if opaque else self.image.convert("RGBA")
+        image.save(buffer, wanted.upper(), **settings)
         return buffer.getvalue()
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, its transparent parts laid over white."""
+    from PIL import Image  # noqa: PLC0415 - costs more to import than this whole package
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def format_of_path(path: str | os.PathLike[str]) -> ImageFormat:
@@ -103,7 +142,7 @@ def read_image(source: ImageSource, *, field: str) -> bytes:
         return bytes(source)
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(source), field=field)
-    if _is_pil_image(source):
+    if is_pil_image(source):
         return _png_of(source, field=field)
     kind = type(source).__name__
     raise InvalidArgumentError(f"{field} must be a path, the bytes of a file or a PIL image, not {kind}", field=field)
@@ -123,7 +162,8 @@ def _read_file(path: Path, *, field: str) -> bytes:
         raise ImageNotReadableError(f"{field}: cannot read {str(path)!r}: {error.strerror}", field=field) from error
 
 
-def _is_pil_image(source: object) -> bool:
+def is_pil_image(source: object) -> TypeGuard[Image.Image]:
+    """Whether the source is a PIL image."""
     # A caller who holds a PIL image has imported PIL; nobody else has to.
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(source, module.Image)

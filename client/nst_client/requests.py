@@ -11,10 +11,13 @@ from nst.v1 import image_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client.errors import InvalidArgumentError
 from nst_client.images import ImageSource, read_image
 from nst_client.options import choice_number, options_message
-from nst_client.resources import Encoding, Preview, Style, StyleName, StyleSource, Weighted
+from nst_client.resources import Encoding, Preview, Style, StyleInput, StyleName, StyleSource, Weighted
 
-Styles: TypeAlias = "StyleSource | Weighted[StyleSource] | Iterable[StyleSource | Weighted[StyleSource]]"
-"""One style or several, each with or without a weight."""
+AnyStyle: TypeAlias = "StyleSource | Weighted[StyleSource] | StyleInput"
+"""A style alone, with its weight, or with its weight and regions."""
+
+Styles: TypeAlias = "AnyStyle | Iterable[AnyStyle]"
+"""One style or several."""
 
 StyleImages: TypeAlias = "ImageSource | Weighted[ImageSource] | Iterable[ImageSource | Weighted[ImageSource]]"
 """One image or several, each with or without a weight."""
@@ -26,6 +29,7 @@ def stylize_request(
     content: ImageSource,
     styles: Styles,
     *,
+    init_image: ImageSource | None,
     model: str | None,
     preview: Preview | None,
     output: Encoding | str | None,
@@ -39,7 +43,8 @@ def stylize_request(
         output=None if output is None else _encoding(output, field="output"),
         model=model,
         styles=[_style_input(style, field=f"styles[{index}]") for index, style in enumerate(_listed(styles))],
-        content=image_pb2.Image(data=read_image(content, field="content")),
+        content=_image(content, field="content"),
+        init_image=_optional_image(init_image, field="init_image"),
     )
 
 
@@ -66,26 +71,48 @@ def _listed(sources: Any) -> list[Any]:
     return list(sources) if several else [sources]
 
 
-def _weighted(source: Any, *, field: str) -> tuple[Any, float | None]:
-    if not isinstance(source, Weighted):
-        return source, None
-    weight = source.weight
+def _weight(weight: object, *, field: str) -> float | None:
+    if weight is None:
+        return None
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
         raise InvalidArgumentError(f"{field}: the weight must be a number, not {weight!r}", field=f"{field}.weight")
-    return source.source, float(weight)
+    return float(weight)
 
 
-def _style_input(source: StyleSource | Weighted[StyleSource], *, field: str) -> style_transfer_service_pb2.StyleInput:
-    style, weight = _weighted(source, field=field)
-    if isinstance(style, StyleName | Style):
-        return style_transfer_service_pb2.StyleInput(style=style.name, weight=weight)
-    image = image_pb2.Image(data=read_image(style, field=field))
-    return style_transfer_service_pb2.StyleInput(image=image, weight=weight)
+def _image(source: ImageSource, *, field: str) -> image_pb2.Image:
+    return image_pb2.Image(data=read_image(source, field=field))
 
 
-def _style_image(source: ImageSource | Weighted[ImageSource], *, field: str) -> style_service_pb2.StyleImage:
-    image, weight = _weighted(source, field=field)
-    return style_service_pb2.StyleImage(image=image_pb2.Image(data=read_image(image, field=field)), weight=weight)
+def _optional_image(source: ImageSource | None, *, field: str) -> image_pb2.Image | None:
+    return None if source is None else _image(source, field=field)
+
+
+def _style_input(given: AnyStyle, *, field: str) -> style_transfer_service_pb2.StyleInput:
+    style = _with_all_fields(given)
+    message = style_transfer_service_pb2.StyleInput(
+        weight=_weight(style.weight, field=field),
+        region=_optional_image(style.region, field=f"{field}.region"),
+        style_region=_optional_image(style.style_region, field=f"{field}.style_region"),
+    )
+    if isinstance(style.source, StyleName | Style):
+        message.style = style.source.name
+    else:
+        message.image.data = read_image(style.source, field=field)
+    return message
+
+
+def _with_all_fields(style: AnyStyle) -> StyleInput:
+    match style:
+        case StyleInput():
+            return style
+        case Weighted():
+            return StyleInput(style.source, weight=style.weight)
+    return StyleInput(style)
+
+
+def _style_image(given: ImageSource | Weighted[ImageSource], *, field: str) -> style_service_pb2.StyleImage:
+    source, weight = (given.source, given.weight) if isinstance(given, Weighted) else (given, None)
+    return style_service_pb2.StyleImage(image=_image(source, field=field), weight=_weight(weight, field=field))
 
 
 def _preview(preview: Preview) -> style_transfer_service_pb2.Preview:
@@ -104,7 +131,8 @@ def _encoding(encoding: Encoding | str, *, field: str) -> image_pb2.Encoding:
     if encoding.format is not None:
         number = choice_number(IMAGE_FORMAT, encoding.format, field=f"{field}.format")
     quality = _whole(encoding.quality, field=f"{field}.quality")
-    return image_pb2.Encoding(format=number, quality=quality)  # type: ignore[arg-type]
+    bit_depth = _whole(encoding.bit_depth, field=f"{field}.bit_depth")
+    return image_pb2.Encoding(format=number, quality=quality, bit_depth=bit_depth)  # type: ignore[arg-type]
 
 
 def _whole(value: object, *, field: str) -> int | None:

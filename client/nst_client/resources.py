@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Generic, TypeAlias, TypeVar
@@ -11,7 +11,8 @@ from typing import Generic, TypeAlias, TypeVar
 from nst_client.images import ImageFormat, ImageSource
 
 OptionValue: TypeAlias = "bool | int | float | str | Mapping[str, float] | list[bool | int | float | str]"
-"""The value of an option: a number, a choice in lower case (`"noise"`), or layer names with weights."""
+"""The value of an option: a number, a choice in lower case (`"noise"`), layer names with weights, a truth value, or a
+list of numbers."""
 
 
 class JobState(StrEnum):
@@ -63,6 +64,8 @@ class OptionType(StrEnum):
     NUMBER = "number"
     CHOICE = "choice"
     LAYER_WEIGHTS = "layer_weights"
+    BOOLEAN = "boolean"
+    INTEGERS = "integers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,15 +223,27 @@ class OptionDescription:
     default: OptionValue | None = field(hash=False)
     """The value when it is left out."""
     minimum: float | None
-    """Smallest allowed value (of each weight, for layer weights); None for choices."""
+    """Smallest allowed value (of each one, for layer weights and lists); None for choices and truth values."""
     maximum: float | None
-    """Largest allowed value (of each weight, for layer weights); None for choices."""
+    """Largest allowed value (of each one, for layer weights and lists); None for choices and truth values."""
     choices: tuple[str, ...]
     """The allowed choices; empty for the other types."""
     unit: str
     """Unit of the value, `px` for instance; empty for plain numbers."""
     description: str
     """What it does, in English."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A starting point for `stylize` that other options override: `stylize(photo, style, preset="gatys")`."""
+
+    name: str
+    """The value of the option `preset`."""
+    description: str
+    """What it is for, in English."""
+    options: Mapping[str, OptionValue] = field(hash=False)
+    """The options it stands for, every one filled in."""
 
 
 @dataclass(frozen=True)
@@ -259,14 +274,35 @@ StyleSource: TypeAlias = "ImageSource | StyleName | Style"
 """A style for `stylize`: an image brought along, or a style kept on the server."""
 
 
+@dataclass(frozen=True)
+class StyleInput:
+    """A style with all that can be said of it: `StyleInput("waves.jpg", region="sky.png")`.
+
+    A mask is an image, white where it holds, black elsewhere, grey in between.
+    """
+
+    source: StyleSource
+    _: KW_ONLY
+    weight: float | None = None
+    """Share in a mixture, as in `Weighted`; None for the server's, 1."""
+    region: ImageSource | None = None
+    """Where in the picture the style belongs: a mask of the photograph's proportions; None for all that the other
+    styles' regions leave."""
+    style_region: ImageSource | None = None
+    """Which part of the style image to take the style from: a mask of its proportions; None for all of it. Only for a
+    style of one image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """How a picture is to be encoded. What is left out is the server's choice: PNG for results, JPEG for previews."""
 
     format: ImageFormat | str | None = None
-    """`"png"`, `"jpeg"` or `"webp"`."""
+    """`"png"`, `"jpeg"`, `"webp"` or `"tiff"`."""
     quality: int | None = None
-    """Quality of a lossy format, 1 to 100; PNG ignores it."""
+    """Quality of a lossy format, 1 to 100; PNG and TIFF ignore it."""
+    bit_depth: int | None = None
+    """Bits a channel, 8 or 16; 16 only for results in PNG and TIFF."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,42 @@ def encoded(kind: str = "PNG", *, size: tuple[int, int] = (8, 6), shade: int = 9
     return buffer.getvalue()
 
 
+def recorded_parameters(**changes: Any) -> dict[str, Any]:
+    """Return the parameters that a result of this version carries, for a photograph and a style image."""
+    options = {
+        "size_px": 64,
+        "iterations": 7,
+        "preset": "fine",
+        "init": "content",
+        "style_layers": {"relu1_1": 2.0, "relu2_1": 1.0},
+        "scale_iterations": [9, 5],
+        "deterministic": True,
+        "seed": 3,
+    }
+    return {
+        "nst": "0.1.0",
+        "model": "vgg16-hed",
+        "model_sha256": "aa" * 32,
+        "options": options,
+        "content_sha256": hashlib.sha256(encoded()).hexdigest(),
+        "styles": [{"sha256": [hashlib.sha256(encoded("JPEG", shade=10)).hexdigest()], "weight": 1.0}],
+        "loss": 0.5,
+        "iteration": 7,
+        "stop_reason": "iterations",
+        **changes,
+    }
+
+
+def described_image(description: str | None, kind: str = "PNG") -> bytes:
+    """Return a small image file with this text in its EXIF field ImageDescription."""
+    exif = Image.Exif()
+    if description is not None:
+        exif[0x010E] = description
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
 def parts_of(data: bytes, kind: str, count: int) -> list[image_pb2.ImagePart]:
     """Return a file cut into parts."""
     step = -(-len(data) // count)
@@ -198,6 +234,18 @@ def aborted() -> type[Abort]:
 def picture() -> Callable[..., bytes]:
     """Return the maker of small image files."""
     return encoded
+
+
+@pytest.fixture
+def recorded() -> Callable[..., dict[str, Any]]:
+    """Return the maker of the parameters that results carry."""
+    return recorded_parameters
+
+
+@pytest.fixture
+def described() -> Callable[..., bytes]:
+    """Return the maker of images with a description."""
+    return described_image
 
 
 @pytest.fixture

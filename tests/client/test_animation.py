@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,15 @@ def test_animation_of_nothing_but_the_result(tmp_path: Path, result: Result) -> 
     write_animation(tmp_path / "a.webp", [], result)
     with Image.open(tmp_path / "a.webp") as animation:
         assert animation.size == (32, 24)
+
+
+def test_transparent_result_lies_over_white(tmp_path: Path, result: Result) -> None:
+    """A result with transparent parts ends the animation as it looks, not with what lies beneath them."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (32, 24), (200, 0, 0, 0)).save(buffer, "PNG")
+    write_animation(tmp_path / "a.webp", [], replace(result, data=buffer.getvalue()))
+    with Image.open(tmp_path / "a.webp") as animation:
+        assert min(animation.convert("RGB").getpixel((8, 6))) > 245
 
 
 def test_large_frames_are_reduced(tmp_path: Path, picture: Callable[..., bytes], result: Result) -> None:

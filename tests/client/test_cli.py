@@ -19,7 +19,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.struct_pb2 import Value
+from google.protobuf.struct_pb2 import ListValue, Value
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from PIL import Image
 from typer.testing import CliRunner
@@ -263,7 +263,7 @@ CODE = grpc.StatusCode
     [
         (["nope.jpg", "WAVE", "-o", "o.png"], "content: there is no file 'nope.jpg'"),
         (["PHOTO", "nope.jpg@2", "-o", "o.png"], "styles[0]: there is no file 'nope.jpg'"),
-        (["PHOTO", "WAVE", "-o", "o.pdf"], "'o.pdf' must end in one of .jpg, .jpeg, .png, .webp"),
+        (["PHOTO", "WAVE", "-o", "o.pdf"], "'o.pdf' must end in one of .jpg, .jpeg, .png, .webp, .tif, .tiff"),
         (["PHOTO", "WAVE", "-o", "no/o.png"], "there is no directory 'no'"),
         (["PHOTO", "WAVE", "-o", "."], "'.' is a directory; name a file in it"),
         (["PHOTO", "WAVE", "-o", "o.jpg", "--output-format", "png"], "'o.jpg' does not name a png file"),
@@ -277,7 +277,7 @@ CODE = grpc.StatusCode
         (["PHOTO", "WAVE", "-o", "o.png", "--style-layers", "relu1_1=x"], "the weight 'x' is not a number"),
         (["PHOTO", "WAVE", "-o", "o.png", "--server", "http://x"], "must be host:port"),
         (["PHOTO", "WAVE"], "--out"),
-        (["PHOTO", "-o", "o.png"], "STYLE"),
+        (["PHOTO", "-o", "o.png"], "name one at least, or a picture with --like"),
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -513,7 +513,7 @@ def test_models(nst: Any, serve: Any) -> None:
 
 
 def test_options(nst: Any, serve: Any) -> None:
-    """`nst options` shows the flags with the server's defaults and bounds."""
+    """`nst options` shows flags, defaults and bounds, and the presets by the flags that would do the same."""
 
     class Describer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
         def DescribeOptions(self, _request: Any, _context: Any) -> Any:  # noqa: N802
@@ -526,11 +526,54 @@ def test_options(nst: Any, serve: Any) -> None:
                 name="init", type=kinds.OPTION_TYPE_CHOICE, choices=["content", "noise"], description="Start [here]."
             )
             init.default_value.CopyFrom(Value(string_value="content"))
-            return style_transfer_service_pb2.DescribeOptionsResponse(options=[size, init])
+            exact = options_pb2.OptionDescription(name="deterministic", type=kinds.OPTION_TYPE_BOOLEAN)
+            exact.default_value.CopyFrom(Value(bool_value=True))
+            scales = options_pb2.OptionDescription(
+                name="scale_iterations", type=kinds.OPTION_TYPE_INTEGERS, minimum=1, maximum=100
+            )
+            scales.default_value.CopyFrom(Value(list_value=ListValue()))
+            same = options_pb2.StylizeOptions(
+                size_px=512, init="INIT_CONTENT", deterministic=True, preset="PRESET_FINE"
+            )
+            changed = options_pb2.StylizeOptions(
+                size_px=256,
+                init="INIT_CONTENT",
+                deterministic=False,
+                preset="PRESET_GATYS",
+                scale_iterations=[9, 5],
+                style_layers={"relu1_1": 2, "relu2_1": 0.5},
+            )
+            describe = style_transfer_service_pb2.PresetDescription
+            return style_transfer_service_pb2.DescribeOptionsResponse(
+                options=[size, init, exact, scales],
+                presets=[
+                    describe(name="fine", description="The [best].", options=same),
+                    describe(name="gatys", description="The paper.", options=changed),
+                ],
+            )
 
     address = serve(Describer()).address
     shown = " ".join(nst("options", address=address).stdout.split())
     assert "--size-px 512 16 to 4096 px" in shown
     assert "--init content content, noise Start [here]." in shown
-    first = json.loads(nst("options", "--json", address=address).stdout.splitlines()[0])
-    assert (first["name"], first["default"], first["type"]) == ("size_px", 512, "integer")
+    assert "--deterministic true true, false" in shown
+    assert "--scale-iterations none 1 to 100" in shown
+    changes = "--size-px 256 --style-layers relu1_1=2,relu2_1=0.5 --scale-iterations 9,5 --no-deterministic"
+    assert "fine The [best]. nothing" in shown
+    assert f"gatys The paper. {changes}" in shown
+    lines = [json.loads(line) for line in nst("options", "--json", address=address).stdout.splitlines()]
+    assert [line["name"] for line in lines] == ["size_px", "init", "deterministic", "scale_iterations", "fine", "gatys"]
+    assert (lines[0]["default"], lines[0]["type"]) == (512, "integer")
+    assert (lines[2]["default"], lines[3]["default"]) == (True, [])
+    assert (lines[5]["options"]["size_px"], lines[5]["options"]["scale_iterations"]) == (256, [9, 5])
+
+
+def test_options_of_a_server_without_presets(nst: Any, serve: Any) -> None:
+    """Where there are none, there is no table of them."""
+
+    class Describer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
+        def DescribeOptions(self, _request: Any, _context: Any) -> Any:  # noqa: N802
+            return style_transfer_service_pb2.DescribeOptionsResponse()
+
+    done = nst("options", address=serve(Describer()).address)
+    assert (done.exit_code, "preset" in done.stdout) == (0, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.struct_pb2 import Struct, Value
+from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from PIL import Image
 
@@ -43,6 +44,7 @@ from nst_client import (
     Encoding,
     FailedPreconditionError,
     Frame,
+    ImageFormat,
     ImageNotReadableError,
     InvalidArgumentError,
     JobCancelledError,
@@ -52,6 +54,7 @@ from nst_client import (
     ModelState,
     NotFoundError,
     OptionType,
+    Preset,
     Preview,
     Progress,
     QueueFullError,
@@ -61,6 +64,7 @@ from nst_client import (
     Snapshot,
     StateChange,
     Style,
+    StyleInput,
     StyleName,
     UnavailableError,
     UnknownOptionError,
@@ -162,6 +166,34 @@ def test_request_says_what_the_caller_said(caller: Any, serve: Any, story: Any, 
     assert request.options == options_pb2.StylizeOptions(iterations=4, init=options_pb2.INIT_NOISE)
 
 
+def test_regions_and_starting_picture_arrive(caller: Any, serve: Any, story: Any, photo: Path, wave: Path) -> None:
+    """Masks, as any kind of image source, stand beside their style; the picture to start from beside the photograph."""
+    server = serve(story.whole(kind="TIFF"))
+    mask = Image.new("1", (20, 20), 1)
+    result = caller.result(
+        server.address,
+        b"photo",
+        [
+            StyleInput(wave, weight=2, region=photo, style_region=b"part"),
+            StyleInput(StyleName("starry"), region=mask),
+            Weighted(b"style", 3),
+        ],
+        init_image=photo,
+        output=Encoding(format="tiff", bit_depth=16),
+    )
+    [request] = server.requests
+    sea, starry, plain = request.styles
+    assert (sea.image.data, sea.weight, sea.region.data) == (wave.read_bytes(), 2, photo.read_bytes())
+    assert sea.style_region.data == b"part"
+    assert (starry.style, starry.HasField("weight"), starry.HasField("style_region")) == ("starry", False, False)
+    assert Image.open(io.BytesIO(starry.region.data)).getpixel((0, 0)) == 255
+    assert (plain.weight, plain.HasField("region"), plain.HasField("style_region")) == (3, False, False)
+    assert request.init_image.data == photo.read_bytes()
+    assert request.output == image_pb2.Encoding(format="IMAGE_FORMAT_TIFF", bit_depth=16)
+    assert request.options == options_pb2.StylizeOptions()
+    assert result.format is ImageFormat.TIFF
+
+
 def test_silence_is_sent_as_silence(caller: Any, serve: Any, story: Any) -> None:
     """With photograph and style alone, all else is left to the server."""
     server = serve(story.whole())
@@ -188,11 +220,23 @@ def test_one_style_needs_no_list(caller: Any, serve: Any, story: Any) -> None:
     [
         ({"iteration": 5}, UnknownOptionError, "did you mean 'iterations'"),
         ({"init": "foo"}, InvalidArgumentError, "init must be one of"),
-        ({"output": "bmp"}, InvalidArgumentError, "output.format must be one of jpeg, png, webp, not 'bmp'"),
+        ({"output": "bmp"}, InvalidArgumentError, "output.format must be one of jpeg, png, webp, tiff, not 'bmp'"),
         ({"output": Encoding(quality="x")}, InvalidArgumentError, "output.quality must be a whole number"),  # type: ignore[arg-type]
+        ({"output": Encoding(bit_depth="x")}, InvalidArgumentError, "output.bit_depth must be a whole number"),  # type: ignore[arg-type]
         ({"preview": Preview(interval=1.5)}, InvalidArgumentError, "preview.interval must be a whole number"),  # type: ignore[arg-type]
         ({"content": "nope.jpg"}, ImageNotReadableError, "content: there is no file 'nope.jpg'"),
         ({"styles": [b"x", "nope.jpg"]}, ImageNotReadableError, r"styles\[1\]: there is no file 'nope.jpg'"),
+        ({"content": None}, InvalidArgumentError, "content must be a path, .* not NoneType"),
+        ({"styles": None}, InvalidArgumentError, r"styles\[0\] must be a path, .* not NoneType"),
+        ({"styles": StyleInput(Weighted(b"x", 2))}, InvalidArgumentError, r"styles\[0\] must be .* not Weighted"),  # type: ignore[arg-type]
+        ({"styles": StyleInput(b"x", weight="2")}, InvalidArgumentError, r"styles\[0\]: the weight must be a number"),  # type: ignore[arg-type]
+        ({"styles": StyleInput(b"x", region="m.png")}, ImageNotReadableError, r"styles\[0\].region: there is no file"),
+        (
+            {"styles": StyleInput(b"x", style_region=5)},
+            InvalidArgumentError,
+            r"styles\[0\].style_region must be a path",
+        ),  # type: ignore[arg-type]
+        ({"init_image": "nope.png"}, ImageNotReadableError, "init_image: there is no file 'nope.png'"),
         ({"styles": Weighted(b"x", "2")}, InvalidArgumentError, r"styles\[0\]: the weight must be a number, not '2'"),  # type: ignore[arg-type]
     ],
 )
@@ -848,13 +892,29 @@ class Describer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
             options_pb2.OptionDescription(
                 name="style_scale", type=kinds.OPTION_TYPE_NUMBER, default_value=Value(number_value=1)
             ),
+            options_pb2.OptionDescription(
+                name="deterministic", type=kinds.OPTION_TYPE_BOOLEAN, default_value=Value(bool_value=False)
+            ),
+            options_pb2.OptionDescription(
+                name="scale_iterations",
+                type=kinds.OPTION_TYPE_INTEGERS,
+                default_value=Value(list_value=ListValue(values=[Value(number_value=9), Value(number_value=5)])),
+            ),
         ]
-        return style_transfer_service_pb2.DescribeOptionsResponse(options=described)
+        gatys = options_pb2.StylizeOptions(preset="PRESET_GATYS", size_px=512, content_layers={"relu4_2": 1})
+        return style_transfer_service_pb2.DescribeOptionsResponse(
+            options=described,
+            presets=[
+                style_transfer_service_pb2.PresetDescription(
+                    name="gatys", description="As in the paper.", options=gatys
+                )
+            ],
+        )
 
 
 def test_options_are_described(caller: Any, serve: Any) -> None:
     """Every option comes with default, bounds and choices in Python's types."""
-    size, init, layers, scale = caller.call(serve(Describer()).address, "describe_options")
+    size, init, layers, scale, deterministic, iterations = caller.call(serve(Describer()).address, "describe_options")
     assert (size.name, size.type, size.default, size.minimum, size.maximum, size.unit) == (
         "size_px",
         OptionType.INTEGER,
@@ -867,6 +927,17 @@ def test_options_are_described(caller: Any, serve: Any) -> None:
     assert (init.default, init.choices, init.minimum, init.maximum) == ("content", ("content", "noise"), None, None)
     assert (layers.type, layers.default) == (OptionType.LAYER_WEIGHTS, {"relu4_2": 1.0})
     assert isinstance(scale.default, float)
+    assert (deterministic.type, deterministic.default) == (OptionType.BOOLEAN, False)
+    assert isinstance(deterministic.default, bool)
+    assert (iterations.type, iterations.default) == (OptionType.INTEGERS, [9, 5])
+    assert all(isinstance(number, int) for number in iterations.default)
+
+
+def test_presets_are_described(caller: Any, serve: Any) -> None:
+    """Every preset comes with its options in the form in which `stylize` takes them."""
+    [preset] = caller.call(serve(Describer()).address, "describe_presets")
+    options = {"preset": "gatys", "size_px": 512, "content_layers": {"relu4_2": 1.0}}
+    assert preset == Preset(name="gatys", description="As in the paper.", options=options)
 
 
 def test_short_calls_have_a_time_limit(caller: Any, serve: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from nst_client import ImageFormat, ImageNotReadableError, InvalidArgumentError, Picture, images
 from nst_client.files import write_whole
@@ -124,7 +124,10 @@ def test_save_writes_the_bytes_as_they_came(png: Picture, tmp_path: Path) -> Non
     assert png.save(tmp_path / "out.PNG").read_bytes() == png.data
 
 
-@pytest.mark.parametrize(("name", "kind"), [("out.jpg", "JPEG"), ("out.jpeg", "JPEG"), ("out.webp", "WEBP")])
+KINDS = [("o.jpg", "JPEG"), ("o.jpeg", "JPEG"), ("o.webp", "WEBP"), ("o.tif", "TIFF"), ("o.TIFF", "TIFF")]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_save_keeps_the_suffixs_word(png: Picture, tmp_path: Path, name: str, kind: str) -> None:
     """A file named .jpg is a JPEG, whatever came."""
     png.save(tmp_path / name)
@@ -132,10 +135,48 @@ def test_save_keeps_the_suffixs_word(png: Picture, tmp_path: Path, name: str, ki
         assert (image.format, image.size) == (kind, (8, 6))
 
 
+def transparent(kind: str) -> Picture:
+    """Return a picture whose left half is transparent red, with a description and a colour profile."""
+    image = Image.new("RGBA", (8, 6), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (4, 0, 8, 6))
+    exif = Image.Exif()
+    exif[images.DESCRIPTION] = '{"nst": "1"}'
+    buffer = io.BytesIO()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(buffer, kind, exif=exif, icc_profile=profile, **({"lossless": True} if kind == "WEBP" else {}))
+    return Picture(data=buffer.getvalue(), format=ImageFormat(kind.lower()), width=8, height=6)
+
+
+@pytest.mark.parametrize("target", ["o.jpg", "o.png", "o.webp", "o.tif"])
+@pytest.mark.parametrize("source", ["PNG", "WEBP", "TIFF"])
+def test_save_in_another_format_keeps_what_it_can_hold(source: str, target: str, tmp_path: Path) -> None:
+    """Parameters, colour profile and transparency survive; where JPEG knows none, white shines through."""
+    picture = transparent(source)
+    picture.save(tmp_path / target)
+    with Image.open(tmp_path / target) as image:
+        assert dict(image.getexif()).get(images.DESCRIPTION) == '{"nst": "1"}'
+        assert image.info["icc_profile"] == picture.image.info["icc_profile"]
+        if target == "o.jpg":
+            assert image.mode == "RGB"
+            assert min(image.getpixel((1, 3))) > 245
+        else:
+            assert image.mode == "RGBA"
+            assert (image.getpixel((1, 3))[3], image.getpixel((6, 3))[3]) == (0, 255)
+
+
+def test_save_as_tiff_is_compressed_and_lossless(picture: Callable[..., bytes], tmp_path: Path) -> None:
+    """A TIFF made here is no larger than need be, and bit for bit the picture."""
+    given = Picture(data=picture("PNG", size=(200, 100)), format=ImageFormat.PNG, width=200, height=100)
+    path = given.save(tmp_path / "o.tif")
+    assert path.stat().st_size < 200 * 100
+    with Image.open(path) as image:
+        assert image.tobytes() == given.image.tobytes()
+
+
 @pytest.mark.parametrize("name", ["out", "out.pdf"])
 def test_save_refuses_other_suffixes(png: Picture, tmp_path: Path, name: str) -> None:
     """A suffix that stands for no format is an error that lists those that do, and writes nothing."""
-    with pytest.raises(InvalidArgumentError, match=r"must end in one of \.jpg, \.jpeg, \.png, \.webp"):
+    with pytest.raises(InvalidArgumentError, match=r"must end in one of \.jpg, \.jpeg, \.png, \.webp, \.tif, \.tiff"):
         png.save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

@@ -35,6 +35,7 @@ def test_options_go_by_their_names() -> None:
 def test_options_read_back_as_they_were_given() -> None:
     """The options of a job have the form in which a caller gives them."""
     given = {"iterations": 7, "pooling": "average", "content_layers": {"relu4_2": 0.5}}
+    given |= {"scale_iterations": [9, 5], "deterministic": False}
     assert read_fields(options_message(given)) == given
 
 
@@ -62,8 +63,11 @@ def test_unknown_option_names_the_closest() -> None:
         ({"iterations": True}, "iterations must be a whole number, not True"),
         ({"iterations": 10**12}, "iterations must be a whole number, not 1000000000000"),
         ({"content_weight": "heavy"}, "content_weight must be a number, not 'heavy'"),
-        ({"init": "nose"}, "init must be one of content, noise, not 'nose'"),
-        ({"init": "unspecified"}, "init must be one of content, noise, not 'unspecified'"),
+        ({"init": "nose"}, "init must be one of content, noise, gray, style_statistics, image, not 'nose'"),
+        ({"init": "unspecified"}, "init must be one of content, .* not 'unspecified'"),
+        ({"deterministic": "yes"}, "deterministic must be true or false, not 'yes'"),
+        ({"scale_iterations": 5}, "scale_iterations must be a list, each a whole number, not 5"),
+        ({"scale_iterations": [5, 1.5]}, "scale_iterations must be a list, each a whole number"),
         ({"style_layers": ["relu1_1"]}, "style_layers must be a dict from layer name to weight"),
         ({"style_layers": {"relu1_1": "x"}}, "style_layers must be a dict from layer name to weight"),
         ({"style_layers": {1: 1.0}}, "style_layers must be a dict from layer name to weight"),

@@ -6,8 +6,8 @@ import { asNstError, CancelledError, NstError } from './errors.js';
 import type { StylizeEvent } from './events.js';
 import type { StylizeRequest__Input as StylizeMessage } from './generated/nst/v1/StylizeRequest.js';
 import { loadImage, loadStyles, type ImageSource, type StyleImageSource, type StyleSource } from './images.js';
-import type { Encoding, Model, OptionDescription, Preview, Style, StylizeOptions } from './messages.js';
-import { fromPlain, toPlain } from './plain.js';
+import type { Encoding, Model, OptionDescription, Preset, Preview, Style, StylizeOptions } from './messages.js';
+import { camelCase, fromPlain, toPlain } from './plain.js';
 import { readEvents, Stylization } from './stylization.js';
 
 type UnaryMethod<In, Out> = Pick<
@@ -43,6 +43,8 @@ export interface StylizeRequest {
   readonly options?: StylizeOptions | undefined;
   /** Which pictures on the way to send. Default: each iteration's, at most 512 px, as JPEG. */
   readonly preview?: Preview | undefined;
+  /** The picture to start from, another run's result for instance; implies `init: 'image'`. */
+  readonly initImage?: ImageSource | undefined;
   /** How to encode the result. Default: PNG. */
   readonly output?: Encoding | undefined;
 }
@@ -125,8 +127,19 @@ export class NstClient {
   async describeOptions(options?: CallOptions): Promise<OptionDescription[]> {
     const reply = await this.#call(contract.StyleTransferService.service.DescribeOptions, {}, options);
     return reply.options.map((option) => {
-      const key = option.name.replace(/_([a-z])/g, (_, letter: string) => letter.toUpperCase());
-      return { ...toPlain(contract.OptionDescription, option), key: key as OptionDescription['key'] };
+      const key = camelCase(option.name) as OptionDescription['key'];
+      return { ...toPlain(contract.OptionDescription, option), key };
+    });
+  }
+
+  /** The presets that the server knows, each with all the options it stands for. */
+  async describePresets(options?: CallOptions): Promise<Preset[]> {
+    const reply = await this.#call(contract.StyleTransferService.service.DescribeOptions, {}, options);
+    return reply.presets.map((preset) => {
+      const { name, description, options: values = {} } = toPlain(contract.PresetDescription, preset);
+      // A choice newer than this client could not be sent back.
+      const known = Object.entries(values).filter(([, value]) => value !== 'unspecified');
+      return { name, description, options: Object.fromEntries(known) };
     });
   }
 
@@ -203,12 +216,13 @@ export class NstClient {
 }
 
 async function stylizeMessage(request: StylizeRequest, watched: boolean): Promise<StylizeMessage> {
-  const [content, styles] = await Promise.all([
+  const [content, styles, initImage] = await Promise.all([
     loadImage(request.content, 'content'),
     loadStyles(request.styles, 'styles'),
+    request.initImage === undefined ? undefined : loadImage(request.initImage, 'init_image'),
   ]);
   const preview = request.preview ?? (watched ? undefined : { interval: 0 });
-  return fromPlain(contract.StylizeRequest, { ...request, content, styles, preview });
+  return fromPlain(contract.StylizeRequest, { ...request, content, styles, initImage, preview });
 }
 
 function withDeadline(deadlineMs: number | undefined): GrpcCallOptions {

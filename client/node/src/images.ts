@@ -5,11 +5,19 @@ import { InvalidArgumentError } from './errors.js';
 /** An image file: its bytes, or where it lies (a path or a file: URL). */
 export type ImageSource = Uint8Array | string | URL;
 
-/** A style of a picture: an image, or the name of a stored style; alone or with its weight. */
+/** What can be said of a style. A mask is an image, white where it holds, black elsewhere, grey in between. */
+export interface StyleSettings {
+  /** Share relative to the other styles'. Default: 1. */
+  readonly weight?: number | undefined;
+  /** Where in the picture the style belongs: a mask of the photograph's proportions. Default: where no region is. */
+  readonly region?: ImageSource | undefined;
+  /** Which part of the style image to take the style from: a mask of its proportions. Default: all of it. */
+  readonly styleRegion?: ImageSource | undefined;
+}
+
+/** A style of a picture: an image, or the name of a stored style; alone or with its weight and masks. */
 export type StyleSource =
-  | ImageSource
-  | { readonly image: ImageSource; readonly weight?: number | undefined }
-  | { readonly style: string; readonly weight?: number | undefined };
+  ImageSource | ({ readonly image: ImageSource } & StyleSettings) | ({ readonly style: string } & StyleSettings);
 
 /** One image of a stored style, alone or with its weight. */
 export type StyleImageSource = ImageSource | { readonly image: ImageSource; readonly weight?: number | undefined };
@@ -36,7 +44,11 @@ export async function loadStyles(sources: readonly StyleSource[], field: string)
 async function loadStyle(source: StyleSource, field: string): Promise<object> {
   if (isImageSource(source)) return { image: await loadImage(source, `${field}.image`) };
   if (typeof source !== 'object' || source === null) throw unusable(field, 'must be an image or a style');
-  return 'image' in source ? { ...source, image: await loadImage(source.image, `${field}.image`) } : source;
+  const loaded: Record<string, unknown> = { ...source };
+  if ('image' in source) loaded.image = await loadImage(source.image, `${field}.image`);
+  if (source.region != null) loaded.region = await loadImage(source.region, `${field}.region`);
+  if (source.styleRegion != null) loaded.styleRegion = await loadImage(source.styleRegion, `${field}.style_region`);
+  return loaded;
 }
 
 function isImageSource(source: StyleSource): source is ImageSource {

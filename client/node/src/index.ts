@@ -28,7 +28,7 @@ export type {
   StylizeEvent,
 } from './events.js';
 export type { EncodedImage } from './image_parts.js';
-export type { ImageSource, StyleImageSource, StyleSource } from './images.js';
+export type { ImageSource, StyleImageSource, StyleSettings, StyleSource } from './images.js';
 export type {
   Encoding,
   ImageFormat,
@@ -36,12 +36,15 @@ export type {
   JobState,
   Model,
   OptionDescription,
+  Preset,
   Preview,
   Progress,
   StopReason,
   Style,
   StylizeOptions,
 } from './messages.js';
+export { readParameters } from './parameters.js';
+export type { PictureParameters, StyleRecord } from './parameters.js';
 export type { JsonValue } from './plain.js';
 export type { FieldViolation } from './status_details.js';
 export type { Stylization } from './stylization.js';

@@ -30,3 +30,13 @@ export type OptionDescription = Plain<WireOptionDescription> & {
   /** Its name in StylizeOptions: `sizePx` where `name` is `size_px`. */
   key: keyof StylizeOptions;
 };
+
+/** A starting point that other options override: `stylize({ …, options: { preset: 'gatys' } })`. */
+export interface Preset {
+  /** The value of the option `preset`. */
+  readonly name: string;
+  /** What it is for, in English. */
+  readonly description: string;
+  /** The options it stands for, every one filled in. */
+  readonly options: StylizeOptions;
+}

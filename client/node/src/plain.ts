@@ -220,7 +220,7 @@ function mapEntries<A, B>(values: Record<string, A>, change: (value: A, key: str
   return Object.fromEntries(Object.entries(values).map(([key, value]) => [key, change(value, key)]));
 }
 
-function isObject(value: unknown): value is Fields {
+export function isObject(value: unknown): value is Fields {
   return typeof value === 'object' && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
 }
 
@@ -233,6 +233,11 @@ function show(value: unknown): string {
   if (value instanceof Uint8Array) return 'bytes';
   if (Array.isArray(value)) return 'an array';
   return typeof value === 'object' && value !== null ? 'an object' : String(value);
+}
+
+/** A field's name as this client writes it. */
+export function camelCase(name: string): string {
+  return name.replace(/_([a-z])/g, (_, letter: string) => letter.toUpperCase());
 }
 
 /** A field's name as the .proto and the server's messages write it. */

@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
+import { described, recorded } from './described.js';
 import { ScriptedServer, send, wholeJob, type StylizeCall } from './scripted_server.js';
 
 const run = promisify(execFile);
@@ -23,6 +24,8 @@ before(async () => {
   folder = await mkdtemp(join(tmpdir(), 'nst-'));
   await writeFile(join(folder, 'photo.jpg'), 'a photo');
   await writeFile(join(folder, 'style.jpg'), 'a style');
+  await writeFile(join(folder, 'sky.png'), 'a mask');
+  await writeFile(join(folder, 'picture.png'), described(JSON.stringify(recorded)).png!);
   await mkdir(programs, { recursive: true });
   server = await ScriptedServer.start({ stylize: (call) => job(call) });
 });
@@ -43,7 +46,7 @@ test('every program in the README runs', async () => {
   const all = await programsOfReadme();
   assert.ok(all.includes(sse), "the README's web app is not examples/sse.mjs");
   const rest = all.filter((code) => code !== sse);
-  assert.ok(rest.length >= 5);
+  assert.ok(rest.length >= 7);
   job = (call) => wholeJob(call);
   for (const [index, code] of rest.entries()) {
     const program = join(programs, `${index}.mjs`);
@@ -52,6 +55,7 @@ test('every program in the README runs', async () => {
   }
   assert.equal(await readFile(join(folder, 'preview.jpg'), 'utf8'), 'frame 2');
   assert.equal(await readFile(join(folder, 'result.png'), 'utf8'), 'the picture');
+  assert.equal(await readFile(join(folder, 'result.tiff'), 'utf8'), 'the picture');
 });
 
 test('examples/stylize.mjs writes the frames and the result, and shows the progress', async () => {

@@ -29,6 +29,7 @@ import {
 } from '@nst/client';
 import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
 import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
+import { described, recorded } from './described.js';
 import {
   parts,
   reply,
@@ -110,6 +111,7 @@ test('the public names are these', () => {
     'ServerError',
     'UnavailableError',
     'credentials',
+    'readParameters',
   ]);
 });
 
@@ -540,6 +542,44 @@ test('a request carries what was given and nothing else', async () => {
   assert.equal(request.output?.format, 'IMAGE_FORMAT_JPEG');
 });
 
+test('masks and the picture to start from are read like every other image', async () => {
+  let request: StylizeRequest | undefined;
+  const client = await connect({
+    stylize(call: StylizeCall) {
+      request = call.request;
+      return wholeJob(call);
+    },
+  });
+  const path = join(await mkdtemp(join(tmpdir(), 'nst-')), 'mask.png');
+  await writeFile(path, 'a mask');
+  await client
+    .stylize({
+      ...PHOTO,
+      styles: [
+        { image: Buffer.from('waves'), weight: 2, region: path, styleRegion: Buffer.from('its sky') },
+        { style: 'styles/starry', region: pathToFileURL(path), styleRegion: undefined },
+        Buffer.from('plain'),
+      ],
+      initImage: path,
+      options: { scaleIterations: [9, 5], deterministic: false },
+      output: { format: 'tiff', bitDepth: 16 },
+    })
+    .result();
+  assert.ok(request);
+  assert.deepEqual(
+    request.styles.map((style) => [style.region?.data?.toString(), style.styleRegion?.data?.toString(), style.weight]),
+    [
+      ['a mask', 'its sky', 2],
+      ['a mask', undefined, undefined],
+      [undefined, undefined, undefined],
+    ],
+  );
+  assert.equal(request.initImage?.data?.toString(), 'a mask');
+  assert.deepEqual([request.output?.format, request.output?.bitDepth], ['IMAGE_FORMAT_TIFF', 16]);
+  const { init, scaleIterations, deterministic } = request.options!;
+  assert.deepEqual([init, scaleIterations, deterministic], ['INIT_UNSPECIFIED', [9, 5], false]);
+});
+
 test('what the wire format would silently bend is refused before anything is sent, naming the field', async () => {
   const client = new NstClient('127.0.0.1:1');
   const wrong: [object, string, RegExp][] = [
@@ -552,7 +592,16 @@ test('what the wire format would silently bend is refused before anything is sen
     [{ options: { styleWeight: '1' } }, 'options.style_weight', /must be a number, not "1"/],
     [{ options: { styleLayers: { relu1_1: true } } }, 'options.style_layers[relu1_1]', /must be a number, not true/],
     [{ options: { styleLayers: ['relu1_1'] } }, 'options.style_layers', /must be an object, not an array/],
-    [{ options: { init: 'photo' } }, 'options.init', /must be one of "content", "noise", not "photo"/],
+    [{ options: { init: 'photo' } }, 'options.init', /must be one of "content", "noise", .*, "image", not "photo"/],
+    [{ options: { deterministic: 1 } }, 'options.deterministic', /must be a boolean, not 1/],
+    [{ options: { scaleIterations: 5 } }, 'options.scale_iterations', /must be an array, not 5/],
+    [{ options: { scaleIterations: [5, 1.5] } }, 'options.scale_iterations[1]', /must be a whole number .*, not 1\.5/],
+    [{ output: { bitDepth: '16' } }, 'output.bit_depth', /must be a whole number .*, not "16"/],
+    [{ output: { format: 'bmp' } }, 'output.format', /must be one of "jpeg", "png", "webp", "tiff", not "bmp"/],
+    [{ initImage: '/no/such/file' }, 'init_image', /cannot be read: ENOENT/],
+    [{ styles: [{ style: 'x', region: '/no/such/file' }] }, 'styles[0].region', /cannot be read: ENOENT/],
+    [{ styles: [{ image: Buffer.from('s'), styleRegion: 5 }] }, 'styles[0].style_region', /must be a Uint8Array/],
+    [{ styles: [{ style: 'x', region: '' }] }, 'styles[0].region', /cannot be read: ENOENT/],
     [{ options: { init: 'unspecified' } }, 'options.init', /must be one of/],
     [{ output: 'png' }, 'output', /must be an object, not "png"/],
     [{ content: '/no/such/file' }, 'content', /cannot be read: ENOENT/],
@@ -627,6 +676,19 @@ test('models of every page, and options with their names here', async () => {
           type: 'OPTION_TYPE_LAYER_WEIGHTS',
           defaultValue: { structValue: { fields: { relu4_2: { numberValue: 1 } } } },
         },
+        { name: 'deterministic', type: 'OPTION_TYPE_BOOLEAN', defaultValue: { boolValue: false } },
+        {
+          name: 'scale_iterations',
+          type: 'OPTION_TYPE_INTEGERS',
+          defaultValue: { listValue: { values: [{ numberValue: 9 }, { numberValue: 5 }] } },
+        },
+      ],
+      presets: [
+        {
+          name: 'gatys',
+          description: 'The paper.',
+          options: { preset: 'PRESET_GATYS', sizePx: 64, contentLayers: { relu4_2: 1 }, init: 99 as never },
+        },
       ],
     })),
   });
@@ -645,8 +707,113 @@ test('models of every page, and options with their names here', async () => {
       ['size_px', 'sizePx', 'integer', 512, 16],
       ['init', 'init', 'choice', 'content', undefined],
       ['content_layers', 'contentLayers', 'layer_weights', { relu4_2: 1 }, undefined],
+      ['deterministic', 'deterministic', 'boolean', false, undefined],
+      ['scale_iterations', 'scaleIterations', 'integers', [9, 5], undefined],
     ],
   );
+  const [preset] = await client.describePresets();
+  assert.deepEqual([preset?.name, preset?.description], ['gatys', 'The paper.']);
+  const { preset: chosen, sizePx, contentLayers, ...rest } = preset!.options;
+  assert.deepEqual([chosen, sizePx, contentLayers], ['gatys', 64, { relu4_2: 1 }]);
+  assert.ok(!('init' in rest), 'a choice that cannot be sent back');
+});
+
+test("a preset's options can be sent as they are", async () => {
+  let request: StylizeRequest | undefined;
+  const client = await connect({
+    stylize(call: StylizeCall) {
+      request = call.request;
+      return wholeJob(call);
+    },
+    DescribeOptions: reply(() => ({ presets: [{ options: { preset: 'PRESET_GATYS', pooling: 'POOLING_AVERAGE' } }] })),
+  });
+  const [preset] = await client.describePresets();
+  await client.stylize({ ...PHOTO, options: { ...preset!.options, seed: 3 } }).result();
+  const { preset: chosen, pooling, seed, init } = request!.options!;
+  assert.deepEqual([chosen, pooling, seed, init], ['PRESET_GATYS', 'POOLING_AVERAGE', 3, 'INIT_UNSPECIFIED']);
+});
+
+test('a result of every format says how it was made, and its options can be sent again', async () => {
+  const options = {
+    sizePx: 64,
+    init: 'noise',
+    styleLayers: { relu1_1: 2, relu2_1: 1 },
+    scaleIterations: [9, 5],
+    deterministic: true,
+  };
+  const expected = {
+    version: '0.1.0',
+    model: 'vgg16-hed',
+    modelSha256: 'aa',
+    options,
+    contentSha256: 'bb',
+    styles: [
+      {
+        name: 'styles/sea',
+        sha256: ['11', '22'],
+        weight: 2,
+        regionSha256: undefined,
+        styleRegionSha256: undefined,
+      },
+      { name: undefined, sha256: ['33'], weight: 1, regionSha256: '44', styleRegionSha256: '55' },
+    ],
+    initImageSha256: '66',
+    loss: 0.5,
+    iteration: 7,
+    stopReason: 'iterations',
+  };
+  for (const [format, file] of Object.entries(described(JSON.stringify(recorded)))) {
+    assert.deepEqual(await nst.readParameters(file), expected, format);
+  }
+  const path = join(await mkdtemp(join(tmpdir(), 'nst-')), 'result.png');
+  await writeFile(path, described(JSON.stringify(recorded)).png!);
+  assert.deepEqual(await nst.readParameters(path), expected);
+
+  let request: StylizeRequest | undefined;
+  const client = await connect({
+    stylize(call: StylizeCall) {
+      request = call.request;
+      return wholeJob(call);
+    },
+  });
+  const parameters = await nst.readParameters(path);
+  await client.stylize({ ...PHOTO, model: parameters.model, options: { ...parameters.options, sizePx: 32 } }).result();
+  const { sizePx, init, scaleIterations } = request!.options!;
+  assert.deepEqual([request!.model, sizePx, init, scaleIterations], ['vgg16-hed', 32, 'INIT_NOISE', [9, 5]]);
+});
+
+test('a newer field or reason in the parameters does no harm; a loss may be missing', async () => {
+  const text = JSON.stringify({ ...recorded, camera: 'x', stop_reason: 'bored', loss: null });
+  const { stopReason, loss } = await nst.readParameters(described(text).png!);
+  assert.deepEqual([stopReason, loss], ['unspecified', NaN]);
+});
+
+test('a picture without parameters, with damaged ones, or with those of a newer version is refused', async () => {
+  const png = (text: string) => described(text).png!;
+  const changed = (change: object) => png(JSON.stringify({ ...recorded, nst: '2.0', ...change }));
+  const whole = png(JSON.stringify(recorded));
+  const wrong: [nst.ImageSource, RegExp][] = [
+    ...['', 'abc', 'a holiday', '"nst"', '5', '[]', '{"title":"x"}'].map((text): [Buffer, RegExp] => [
+      png(text),
+      /^the picture carries no parameters of nst: it was made by/,
+    ]),
+    [whole.subarray(0, 33), /^the picture carries no parameters of nst/],
+    [whole.subarray(0, -200), /^the picture is not an image file that can be read: its description ends early/],
+    [whole.subarray(0, 60), /^the picture is not an image file that can be read/],
+    [Buffer.from('text'), /^the picture is not an image file that can be read: it is not PNG, JPEG, WebP or TIFF/],
+    ['/no/such/file', /^picture cannot be read: ENOENT/],
+    [changed({ styles: 5 }), /^the parameters in the picture are damaged: 5 is not an array/],
+    [changed({ styles: [{ sha256: ['a'] }] }), /are damaged: undefined is not a number/],
+    [changed({ options: 5 }), /are damaged: the options are not an object/],
+    [changed({ model: null }), /are damaged: null is not a string/],
+    [changed({ options: { film_grain: 3 } }), /is from a newer version, nst 2\.0: options\.film_grain is not a field/],
+    [changed({ options: { init: 'dream' } }), /is from a newer version, nst 2\.0: options\.init must be one of/],
+  ];
+  for (const [source, message] of wrong) {
+    const error = await rejection(nst.readParameters(source));
+    assert.ok(error instanceof InvalidArgumentError, String(error));
+    assert.match(error.message, message);
+  }
 });
 
 test('a process whose jobs were cancelled ends by itself', async () => {
