@@ -69,6 +69,7 @@ def numbers(message: job_pb2.Progress) -> dict[str, Any]:
         "loss": message.loss,
         "content_loss": message.content_loss,
         "tv_loss": message.tv_loss,
+        "laplacian_loss": message.laplacian_loss,
         "style_losses": dict(sorted(message.style_losses.items())),
         "elapsed_s": message.elapsed_s,
         "iterations_per_second": message.iterations_per_second,

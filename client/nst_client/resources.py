@@ -77,11 +77,13 @@ class Numbers:
     iterations: int
     """Iterations the job will make, all scales together."""
     loss: float
-    """The objective: weighted content loss, style loss and total variation. It rises where a finer scale begins."""
+    """The objective: weighted content loss, style loss and regularisers. It rises where a finer scale begins."""
     content_loss: float
     """Content loss before its weight."""
     tv_loss: float
     """Total variation before its weight."""
+    laplacian_loss: float
+    """Laplacian loss before its weight; 0 if its weight is."""
     style_losses: Mapping[str, float] = field(hash=False)
     """Style loss of each layer before any weight, by layer name."""
     elapsed_s: float
