@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,15 @@ from PIL import Image
 
 from nst_model.architecture import VGG16, Architecture
 
+# The networks of most tests are tiny: threads would cost more than they gain, above all on a machine with other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 # A test run in the background of a shell ignores SIGINT, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+TINY_WIDTHS = (4, 6, 8, 8, 8)
+"""Channels in each block of the tests' VGG-16."""
 
 
 def random_state(architecture: Architecture, widths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -32,6 +40,20 @@ def random_state(architecture: Architecture, widths: tuple[int, ...], seed: int 
     return state
 
 
+USER_CACHE = os.environ.get("NST_CACHE_DIR")
+
+
+@pytest.fixture(scope="module")
+def real_cache() -> Iterator[None]:
+    """The user's own cache, for tests with real weights: they are fetched into it if they are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if USER_CACHE is None:
+            patch.delenv("NST_CACHE_DIR")
+        else:
+            patch.setenv("NST_CACHE_DIR", USER_CACHE)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests that need real weights say so; nothing else reads or fills the user's cache."""
@@ -44,7 +66,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights with VGG-16's layers and few channels: fast, and nothing like a trained network."""
     file = tmp_path_factory.mktemp("weights") / "tiny-vgg16.safetensors"
-    safetensors.torch.save_file(random_state(VGG16, (4, 6, 8, 8, 8)), file)
+    safetensors.torch.save_file(random_state(VGG16, TINY_WIDTHS), file)
     return file
 
 
