@@ -38,7 +38,7 @@ def new_job() -> Job:
 
 def iterated(job: Job, iteration: int, *, picture: bool = True) -> None:
     """Let a job make an iteration, as a worker reports it."""
-    job.progressed(Progressed(job.name, iteration, 100, 1.0, 1.0, 0.0, {}, 0.0, 0.0, 0.0))
+    job.progressed(Progressed(job.name, iteration, 100, 1.0, 1.0, 0.0, 0.0, {}, 0.0, 0.0, 0.0))
     if picture:
         job.pictured(Pictured(job.name, iteration, np.full((16, 24, 3), iteration, np.uint8)))
 

@@ -279,7 +279,7 @@ async def test_stop_waits_for_the_grace_and_then_fails_what_still_runs() -> None
     assert running.state == "failed"
     assert hand.cancelled == [running.name]
     ended = len(running._log)
-    hand.report(Progressed(running.name, 1, 2, 1.0, 1.0, 0.0, {}, 0.0, 0.0, 0.0))
+    hand.report(Progressed(running.name, 1, 2, 1.0, 1.0, 0.0, 0.0, {}, 0.0, 0.0, 0.0))
     hand.report(Pictured(running.name, 1, PIXELS))
     assert len(running._log) == ended
 

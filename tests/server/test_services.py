@@ -67,7 +67,8 @@ async def test_every_option_is_described(caller: Caller) -> None:
         assert option.default_value.WhichOneof("kind")
         choice = option.type == options_pb2.OPTION_TYPE_CHOICE
         assert bool(option.choices) == choice
-        assert option.HasField("minimum") == option.HasField("maximum") == (not choice)
+        bounded = not choice and option.type != options_pb2.OPTION_TYPE_BOOLEAN
+        assert option.HasField("minimum") == option.HasField("maximum") == bounded
 
 
 async def test_models_are_listed_the_default_first(caller: Caller, tiny_weights_file: Path) -> None:
