@@ -15,6 +15,7 @@ from nst_model.architecture import VGG16, VGG19, Architecture
 from nst_model.network import build_trunk
 from nst_model.objective import Objective, interpreted
 from nst_model.options import ContentLoss, StyleLoss
+from nst_model.regions import layer_weights
 from nst_model.weights import FeatureWeights, load_weights
 from tests.conftest import random_state
 from tests.model.textbook import Textbook
@@ -158,6 +159,41 @@ def test_scripted_module_is_the_eager_one_bit_for_bit(
     assert torch.equal(begun[2], separate[1])
     assert all(torch.equal(one, other) for one, other in zip(losses, scripted_losses, strict=True))
     assert torch.equal(gradient, scripted_gradient)
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("style_loss", list(StyleLoss))
+def test_scripted_module_is_the_eager_one_with_every_extra(
+    tiny_weights: FeatureWeights, picture: Picture, style_loss: StyleLoss, pooling: Pooling
+) -> None:
+    """Two regions, outlines, and the total variation of magnitudes: bit for bit, the first pass and the others."""
+    options = StylizeOptions(
+        style_loss=style_loss,
+        pooling=pooling,
+        laplacian_weight=3,
+        tv_norm="l1",
+        style_layers={"relu1_1": 1, "relu3_1": 1},
+    )
+    model = FeatureModel(tiny_weights, "cpu")
+    styles = [model.style_targets(Style(picture(40, 44, seed)), options) for seed in (1, 4)]
+    eager = Objective(model.trunk(options), styles, options, (0.3, 0.7))
+    image, content = picture(41, 35, 2)[None], picture(41, 35, 3)[None]
+    left = torch.zeros(41, 35)
+    left[:, :15] = 1
+    regions = layer_weights(torch.stack((left, 1 - left)), (41, 35), eager.style_layers, VGG16)
+
+    losses, gradient = eager.loss_and_gradient(image, eager.content_targets(content), regions)
+    scripted = script(eager)
+    with interpreted():
+        targets, *begun = scripted.begin(content, regions)
+        separate = scripted.loss_and_gradient(content, targets, regions)
+        scripted_losses, scripted_gradient = scripted.loss_and_gradient(image, targets, regions)
+
+    assert float(losses.laplacian) > 0
+    assert all(torch.equal(one, other) for one, other in zip(losses, scripted_losses, strict=True))
+    assert torch.equal(gradient, scripted_gradient)
+    assert all(torch.equal(one, other) for one, other in zip(begun[0], separate[0], strict=True))
+    assert torch.equal(begun[1], separate[1])
 
 
 def test_bf16_stays_close_to_fp32(tiny_model: FeatureModel, picture: Picture) -> None:
