@@ -26,7 +26,7 @@ class Adam:
 
     def __init__(self, start: Tensor, learning_rate: float) -> None:
         self.x = start.detach().clone()
-        self._learning_rate = learning_rate
+        self._given_rate = self._learning_rate = learning_rate
         self._mean = torch.zeros_like(start)
         self._square = torch.zeros_like(start)
         self._steps = 0
@@ -60,7 +60,7 @@ class Adam:
 
         The moments count gradients, and those of a picture of n pixels are as 1/n.
         """
-        other = Adam(start, self._learning_rate)
+        other = Adam(start, self._given_rate)
         finer = self.x.numel() / start.numel()
         size = list(start.shape[2:])
         other._mean = F.interpolate(self._mean, size=size, mode="bicubic", antialias=True) * finer

@@ -132,6 +132,7 @@ class Descent:
         self._work = done / done[-1]
         self._index = 0
         self._optimizer: LBFGS | Adam | None = None
+        self._best: Iterate | None = None  # of the last scale
 
     def scale(
         self, closure: Closure, start: Tensor, shown: Callable[[Tensor], Tensor] = lambda picture: picture
@@ -168,11 +169,13 @@ class Descent:
                 optimizer = watch.failed(optimizer)
             else:
                 optimizer.step(products, iterate.loss)
-        if watch.best is None:
+        best = watch.best or self._best
+        if best is None:
             raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
-        if final:
+        self._best = best
+        if final or watch.best is None:
             reason = StopReason.ITERATIONS if watch.hopeful else watch.verdict
-            yield replace(watch.best, work=1.0, stop_reason=reason)
+            yield replace(best, work=1.0, stop_reason=reason)
             return None
         self._optimizer = optimizer
         ended_early = self._index < end
@@ -230,7 +233,7 @@ class _Watch:
     @property
     def hopeful(self) -> bool:
         """Whether it is worth going on."""
-        return self.failures <= MAX_RESTARTS and (self.best is not None or not self.failures)
+        return self.failures <= (1 if self.best is None else MAX_RESTARTS)
 
     def stalled(self, iterate: Iterate, x: Tensor) -> bool:
         """Take note of an iterate, at x; return whether it is time to try something else."""

@@ -97,14 +97,19 @@ def directions(channels: int) -> Tensor:
 def quantiles(features: Tensor, onto: Tensor, weights: Tensor | None = None, count: int = 512) -> Tensor:
     """Return the quantile functions of features (1, C, H, W) projected on directions (C, D): (D, count)."""
     ranked, order = (as_rows(features) @ onto).t().sort(dim=1)
+    # By indices and not by F.interpolate, whose gradient is not repeatable on a GPU; sums of floats are not, either.
     if weights is None:
-        return F.interpolate(ranked[None], size=count, mode="linear", align_corners=True)[0]
-    # Each value stands in the middle of its share of the distribution.
-    share = weights[order]
-    place = share.cumsum(dim=1) - share / 2
-    wanted = torch.linspace(0, 1, count, device=ranked.device).expand(ranked.shape[0], count).contiguous()
-    above = torch.searchsorted(place, wanted).clamp(1, ranked.shape[1] - 1)
-    below = above - 1
+        place = torch.linspace(0, 1, ranked.shape[1], device=ranked.device, dtype=ranked.dtype)
+        place = place.expand_as(ranked).contiguous()
+    else:
+        # Each value stands in the middle of its share of the distribution.
+        share = weights[order]
+        place = (share * 2.0**40).long().cumsum(dim=1).to(share.dtype) / 2.0**40 - share / 2
+    wanted = (
+        torch.linspace(0, 1, count, device=ranked.device, dtype=place.dtype).expand(ranked.shape[0], count).contiguous()
+    )
+    above = torch.searchsorted(place, wanted).clamp(0, ranked.shape[1] - 1)
+    below = (above - 1).clamp_min(0)
     start, end = place.gather(1, below), place.gather(1, above)
     part = ((wanted - start) / (end - start).clamp_min(1e-12)).clamp(0, 1)
     return torch.lerp(ranked.gather(1, below), ranked.gather(1, above), part)
@@ -165,15 +170,18 @@ class WassersteinLoss(nn.Module):
     """
 
     mean: Tensor
-    covariance: Tensor
+    variance: Tensor
     root: Tensor
 
     def __init__(self, targets: Targets) -> None:
         super().__init__()
-        wanted = targets["gram"] - torch.outer(targets["mean"], targets["mean"])
+        mean = targets["mean"].cpu().double()
+        # The difference cancels for a style of one colour, and its eigenvalues may come out below 0.
+        values, vectors = torch.linalg.eigh(targets["gram"].cpu().double() - torch.outer(mean, mean))
+        values = values.clamp_min(0)
         self.register_buffer("mean", targets["mean"])
-        self.register_buffer("covariance", wanted)
-        self.register_buffer("root", square_roots(wanted)[0])
+        self.register_buffer("variance", values.sum().to(targets["mean"]))
+        self.register_buffer("root", ((vectors * values.sqrt()) @ vectors.t()).to(targets["mean"]))
 
     def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss of features (1, C, H, W), a scalar."""
@@ -186,10 +194,11 @@ class WassersteinLoss(nn.Module):
         if positions < channels:
             # K'^½ K K'^½ and rows · K' · rowsᵀ have the same eigenvalues, zeros apart; at coarse scales the latter is
             # much smaller.
-            overlap = trace_of_root(rows @ self.covariance @ rows.t())
+            rooted = rows @ self.root
+            overlap = trace_of_root(rooted @ rooted.t())
         else:
             overlap = trace_of_root(self.root @ (rows.t() @ rows) @ self.root)
-        spread = rows.square().sum() + self.covariance.trace() - 2 * overlap
+        spread = rows.square().sum() + self.variance - 2 * overlap
         return F.mse_loss(mean, self.mean) + spread / channels
 
 

@@ -20,6 +20,12 @@ MIN_EDGE_PX = 16
 """Smallest edge whose features still have a position after four poolings."""
 
 
+def replicated(x: Tensor) -> Tensor:
+    """Return x (N, C, H, W) with each edge repeated once outside. On a GPU `F.pad` has no repeatable gradient."""
+    x = torch.cat((x[:, :, :1], x, x[:, :, -1:]), dim=2)
+    return torch.cat((x[:, :, :, :1], x, x[:, :, :, -1:]), dim=3)
+
+
 class Stage(nn.Module):
     """One 3×3 convolution and its ReLU, with the pooling before it where a block begins."""
 
@@ -81,7 +87,7 @@ class Trunk(nn.Module):
         """Return the features of each tapped layer, fp32, by name. `image`: (N, 3, H, W) RGB in [0, 1]."""
         x = image - self.mean
         if self.replicate:
-            x = F.pad(x, [1, 1, 1, 1], mode="replicate")
+            x = replicated(x)
         if self.bf16:
             x = x.to(torch.bfloat16)
         x = x.contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets
-from nst_model.network import Trunk
+from nst_model.network import Trunk, replicated
 from nst_model.options import StylizeOptions, TvNorm, relative
 
 METADATA_FILE = "nst.json"
@@ -49,7 +49,7 @@ def total_variation(image: Tensor, absolute: bool = False) -> Tensor:
     Diagonal pairs count half, being twice as far apart squared (the nine-point stencil). With `absolute`, the mean of
     the differences' magnitudes, smooth below a thousandth of the picture's range.
     """
-    padded = F.pad(image, [1, 1, 1, 1], mode="replicate")
+    padded = replicated(image)
     down = _magnitude(padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1], absolute)
     across = _magnitude(padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1], absolute)
     one = _magnitude(padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1], absolute)
@@ -66,7 +66,7 @@ def _magnitude(difference: Tensor, absolute: bool) -> Tensor:
 
 def outlines(image: Tensor) -> Tensor:
     """Return the Laplacian of a picture (1, 3, H, W) averaged over 4×4 pixels (Li et al., 2017), each channel apart."""
-    small = F.pad(F.avg_pool2d(image, 4), [1, 1, 1, 1], mode="replicate")
+    small = replicated(F.avg_pool2d(image, 4))
     centre = small[:, :, 1:-1, 1:-1]
     beside = small[:, :, 1:-1, 2:] + small[:, :, 1:-1, :-2]
     return small[:, :, 2:, 1:-1] + small[:, :, :-2, 1:-1] + beside - 4 * centre

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nst_model.architecture import Architecture
+from nst_model.errors import InvalidOption
 
 
 def partition(masks: Sequence[Tensor], *, rest: bool) -> Tensor:
@@ -50,11 +51,13 @@ def layer_weights(
             continue
         stride = convolution.stride_px
         positions = (max(1, size[0] // stride), max(1, size[1] // stride))
-        here = F.adaptive_avg_pool2d(regions[None], positions)[0]
+        here = F.interpolate(regions[None], size=positions, mode="area")[0]
         sight = architecture.receptive_field_px(convolution.layer) // stride // 2
         inside = F.avg_pool2d(here[None], 2 * sight + 1, stride=1, padding=sight, count_include_pad=False)[0]
-        inside = (here * inside).flatten(1)
-        weights = (2 * inside / inside.amax(dim=1, keepdim=True) - 1).clamp_min(0)
+        # As much as the region's own depth, where it lies deepest within itself.
+        depth = torch.where(here > 0, inside, torch.zeros_like(inside)).amax(dim=(1, 2), keepdim=True)
+        inside = inside * here.amax(dim=(1, 2), keepdim=True) / depth
+        weights = (2 * torch.minimum(here, inside) - here).clamp_min(0).flatten(1)
         found[convolution.layer] = weights / weights.sum(dim=1, keepdim=True)
     return found
 
@@ -66,7 +69,7 @@ class Layout:
     Attributes:
         members: for each region, the places of its styles in the caller's list.
         regions: (R, H, W), summing to 1 or less at every pixel; None for one region everywhere.
-        shares: how much each region's style loss counts.
+        shares: how much each region's style loss counts: its part of the picture's area.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -78,7 +81,7 @@ class Layout:
         """Return the layout of styles, each with its mask, None for wherever no mask is, and its weight.
 
         Masks are of one size. Equal ones are one region. A region that is nowhere, or whose styles weigh nothing, is
-        left out. Raises ValueError if none is left.
+        left out. Raises InvalidOption if none is left.
         """
         everywhere = tuple(place for place, mask in enumerate(masks) if mask is None)
         if len(everywhere) == len(masks):
@@ -88,17 +91,15 @@ class Layout:
         if everywhere:
             members.append(everywhere)
         areas = regions.mean(dim=(1, 2)).tolist()
-        # By area, so that every pixel is painted alike; and by weight.
-        sizes = [area * sum(weights[place] for place in group) for area, group in zip(areas, members, strict=True)]
-        kept = [region for region, size in enumerate(sizes) if size > 0]
+        kept = [
+            region
+            for region, group in enumerate(members)
+            if areas[region] > 0 and any(weights[place] > 0 for place in group)
+        ]
         if not kept:
-            raise ValueError("styles must have at least one weight above 0")
-        whole = sum(areas[region] for region in kept)
-        return cls(
-            tuple(members[region] for region in kept),
-            regions[kept],
-            tuple(whole * sizes[region] / sum(sizes) for region in kept),
-        )
+            raise InvalidOption("styles", "must have a weight above 0 somewhere in the picture")
+        # By area, so that every pixel is painted alike.
+        return cls(tuple(members[region] for region in kept), regions[kept], tuple(areas[region] for region in kept))
 
 
 def _grouped(masks: Sequence[Tensor | None]) -> tuple[list[Tensor], list[tuple[int, ...]]]:

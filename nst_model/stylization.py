@@ -106,10 +106,8 @@ class FeatureModel:
         layers = relative(options.style_layers)
         weights: dict[str, Tensor] = {}
         if style.mask is not None:
-            seen = layer_weights(
-                style.mask.to(self.device)[None], style.picture.shape[1:], layers, self.weights.architecture
-            )
-            weights = {layer: regions[0] for layer, regions in seen.items()}
+            seen = layer_weights(style.mask.cpu()[None], style.picture.shape[1:], layers, self.weights.architecture)
+            weights = {layer: regions[0].to(self.device) for layer, regions in seen.items()}
         with torch.no_grad():
             features = self.trunk(options)(style.picture.to(self.device)[None])
             return {layer: style_targets(features[layer], options.style_loss, weights.get(layer)) for layer in layers}
@@ -262,11 +260,16 @@ class _Scene:
         regions = None
         if self._layout.regions is not None:
             architecture = self._model.weights.architecture
-            regions = layer_weights(self._layout.regions, here.shape[1:], objective.style_layers, architecture)
+            found = layer_weights(self._layout.regions, here.shape[1:], objective.style_layers, architecture)
+            regions = {layer: weights.to(here.device) for layer, weights in found.items()}
         return Closure(objective, None if at_content else content_targets(objective, here), regions)
 
     def starting_picture(self, given: Tensor | None) -> Tensor:
         """Return the picture to start from, (3, H, W), of the content's shape; `given` is that of Init.IMAGE."""
+        picture = self._start(given)
+        return gray(picture) if self._luminance_only else picture
+
+    def _start(self, given: Tensor | None) -> Tensor:
         content, options = self._content, self._options
         # Drawn on the CPU, so that a seed means the same on every device.
         noise = torch.randn(content.shape, generator=torch.Generator().manual_seed(options.seed))
@@ -283,8 +286,7 @@ class _Scene:
                 return pixels.view(content.shape).clamp(0, 1).to(content)
             case Init.IMAGE:
                 assert given is not None, "checked before"
-                picture = of_size(given.to(content), content.shape[1:])
-                return gray(picture) if self._luminance_only else picture
+                return of_size(given.to(content), content.shape[1:])
         raise AssertionError(options.init)
 
     def shown(self, picture: Tensor) -> Tensor:
@@ -294,8 +296,8 @@ class _Scene:
         return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
 
     def _fitting(self, mask: Tensor) -> Tensor:
-        height, width = self._photo.shape[1:]
-        fitting: Tensor = F.adaptive_avg_pool2d(mask.to(self._photo)[None], (height, width))[0]
+        # On the CPU, as all that is done with masks: MPS cannot average over windows that do not divide the picture.
+        fitting: Tensor = F.interpolate(mask.cpu().float()[None, None], size=self._photo.shape[1:], mode="area")[0, 0]
         return fitting
 
     def _recolored(self, style: Style) -> Style:
@@ -344,7 +346,11 @@ def _check(content: Tensor, styles: Sequence[Style], options: StylizeOptions, st
         raise InvalidOption("init", "image must come with a picture to start from, and every other init without one")
     if start is not None:
         _check_picture(start, "start")
+    if not any(style.weight > 0 for style in styles):
+        raise InvalidOption("styles", "must have at least one weight above 0")
     for number, style in enumerate(styles):
+        if not 0 <= style.weight < math.inf:
+            raise InvalidOption(f"styles[{number}].weight", f"must be finite and at least 0, not {style.weight}")
         _check_mask(style.region, f"styles[{number}].region")
         _check_mask(style.mask, f"styles[{number}].mask")
         if style.mask is not None and options.style_loss in (StyleLoss.DIRECT, StyleLoss.CROSS):

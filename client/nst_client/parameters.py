@@ -33,7 +33,10 @@ class StyleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """How a picture was made. With the same images, `stylize(photo, styles, **parameters.options)` makes it again."""
+    """How a picture was made: `stylize(photo, styles, model=made.model, **made.options)` makes it again.
+
+    Given the same images, with the same masks and the same picture to start from.
+    """
 
     version: str
     """Version of the server that made it."""

@@ -186,7 +186,7 @@ class Application:
     def _start(self, request: JobRequest, size: tuple[int, int]) -> Pixels | None:
         if request.options.init is not Init.IMAGE:
             return None
-        picture = images.decode(request.init_image, "init_image.data", self._max_pixels)
+        picture = images.decode_with_alpha(request.init_image, "init_image.data", self._max_pixels)
         return images.stretch(picture, size)
 
     def _mask(self, data: bytes | None, size: tuple[int, int], field: str) -> Mask | None:
@@ -221,7 +221,7 @@ class Application:
             if style.style_region is not None and len(files) > 1:
                 raise InvalidField(f"{field}.style_region", f"needs a style of one image; this one has {len(files)}")
             for data, weight, place in files:
-                if weight == 0:
+                if weight == 0 and region is None:
                     continue
                 image = self._style_image(data, weight, size_px, place)
                 height, width = image.pixels.shape[:2]

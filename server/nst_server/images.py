@@ -118,7 +118,8 @@ def fit(picture: Image.Image, longer_edge_px: int, field: str) -> Pixels:
 
 
 def stretch(picture: Image.Image, size: tuple[int, int]) -> Pixels:
-    """Return a picture's pixels, scaled to a width and height."""
+    """Return a picture's RGB pixels, scaled to a width and height; what is transparent is filled."""
+    picture = _filled(picture) if picture.mode == "RGBA" else picture
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
 

@@ -123,16 +123,18 @@ class Worker:
         start = None if task.start is None else nst_model.from_pixels(task.start)
         best: Iterate | None = None
         reason = StopReason.ITERATIONS
+        latest, averaged = -1, task.options.averaging > 0
         for iterate in nst_model.stylize(
             model, content, styles, task.options, start=start, targets_of=targets_of, stop=stop
         ):
-            if best is None or best.picture.shape != iterate.picture.shape or iterate.loss < best.loss:
-                best = iterate
-            if iterate.stop_reason is StopReason.DIVERGED:  # the best one again, with the news
-                reason = iterate.stop_reason
-                break
-            self._report(task, iterate, clock)
             reason = iterate.stop_reason or reason
+            if best is not None and iterate.index <= latest:  # the best one again, with the news
+                break
+            latest = iterate.index
+            # An average is the better the later, and the objective is not known at it.
+            if not best or best.picture.shape != iterate.picture.shape or iterate.loss < best.loss or averaged:
+                best = iterate
+            self._report(task, iterate, clock)
         self._grams.trim(self._config.grams_max_bytes)
         if stop.is_set() or best is None:
             return Cancelled(task.id)
@@ -161,7 +163,7 @@ class Worker:
         base_px = {image.sha256: image.size_px for image in images}
 
         def targets_of(style: Style, options: StylizeOptions) -> LayerTargets:
-            if options.style_loss not in MOMENTS or not style.name:
+            if options.style_loss not in MOMENTS or not style.name or options.deterministic:
                 return model.style_targets(style, options)
             key = GramKey(
                 model=model.weights.name,
@@ -176,7 +178,10 @@ class Worker:
             layers = [layer for layer, weight in options.style_layers.items() if weight > 0]
             kept = self._grams.load(key, layers)
             if len(kept) == len(layers):
-                return kept
+                return {
+                    layer: {name: tensor.to(model.device) for name, tensor in targets.items()}
+                    for layer, targets in kept.items()
+                }
             computed = model.style_targets(style, options)
             self._grams.save(key, computed)
             return computed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -220,3 +221,40 @@ def test_laplacian_weight_keeps_the_outlines(tiny_model: FeatureModel, picture: 
     assert error[id(held)] < 0.2 * error[id(free)]
     assert held.laplacian_loss == pytest.approx(error[id(held)], rel=0.3)
     assert free.laplacian_loss == 0
+
+
+def test_a_later_scale_that_gives_no_finite_loss_ends_with_the_picture_before(
+    tiny_model: FeatureModel, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best one of the scale before, with the reason; one NaN alone is survived."""
+    real = nst_model.descent.Closure.__call__
+    for spoiled, reason in ((range(6, 7), StopReason.ITERATIONS), (range(6, 100), StopReason.DIVERGED)):
+        count = itertools.count(1)
+
+        def call(self: Any, image: torch.Tensor, spoiled: range = spoiled, count: Any = count) -> Any:
+            losses, gradient = real(self, image)
+            return losses, gradient * (math.nan if next(count) in spoiled else 1)
+
+        monkeypatch.setattr(nst_model.descent.Closure, "__call__", call)
+        iterates = run(tiny_model, picture, iterations=5, first_size_px=34)
+        assert iterates[-1].stop_reason is reason
+        assert iterates[-1].picture.isfinite().all()
+
+
+def test_adam_begins_each_scale_with_the_rate_it_was_given() -> None:
+    """Whatever restarts made of it."""
+    adam = Adam(torch.full((1, 3, 8, 8), 0.5), 0.04)
+    adam.restart(adam.x)
+    large = adam.carried(torch.full((1, 3, 16, 16), 0.5))
+    large.step(large.observe(torch.ones(1, 3, 16, 16)).numpy(), 0.0)
+    assert float((large.x - 0.5).abs().mean()) == pytest.approx(0.04, rel=0.01)
+
+
+@pytest.mark.parametrize("weights", [(0.0,), (-1.0,), (math.nan,)])
+def test_weights_that_cannot_be_are_refused(
+    tiny_model: FeatureModel, picture: Picture, weights: tuple[float, ...]
+) -> None:
+    """By name."""
+    styles = [Style(picture(32, 32, 2), weight) for weight in weights]
+    with pytest.raises(InvalidOption, match="styles"):
+        next(iter(nst_model.stylize(tiny_model, picture(32, 32, 1), styles, StylizeOptions())))

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import nst_model
-from nst_model import Color, ContentLoss, FeatureModel, Preset, Style, StyleLoss, StylizeOptions, load_weights
+from nst_model import Color, ContentLoss, FeatureModel, Style, StyleLoss, StylizeOptions, load_weights
 from nst_model.architecture import VGG16
 from nst_model.weights import FeatureWeights
 from tests.conftest import TINY_WIDTHS, random_state
@@ -27,9 +27,9 @@ TOLERANCES = (1e-4, 0.01, 0.02, 0.03)
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"style-{loss}": {"style_loss": loss} for loss in StyleLoss},
-    **{f"content-{loss}": {"content_loss": loss, "style_loss": "gram"} for loss in ContentLoss},
-    **{f"preset-{preset}": {"preset": preset} for preset in Preset},
-    **{f"color-{color}": {"color": color} for color in Color},
+    **{f"content-{loss}": {"content_loss": loss} for loss in ContentLoss if loss != "squared_error"},
+    **{f"color-{color}": {"color": color} for color in Color if color != "style"},
+    "preset-gatys": {"preset": "gatys"},
     **{f"pooling-{pooling}": {"pooling": pooling} for pooling in ("average", "l2")},
     "adam": {"optimizer": "adam"},
     "noise": {"init": "noise", "seed": 3},

@@ -8,7 +8,16 @@ import pytest
 import scipy.linalg
 import torch
 
-from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, covariance, gram, mixed_targets, square_roots, style_targets
+from nst_model.losses import (
+    CONTENT_LOSSES,
+    STYLE_LOSSES,
+    covariance,
+    gram,
+    mixed_targets,
+    quantiles,
+    square_roots,
+    style_targets,
+)
 from nst_model.objective import outlines, total_variation
 from nst_model.options import ContentLoss, StyleLoss
 
@@ -75,6 +84,23 @@ def test_wasserstein_agrees_with_the_closed_form(height: int) -> None:
     means = features.mean(dim=(0, 2, 3)) - style.mean(dim=(0, 2, 3))
     expected = float(means.square().sum()) + (k + wanted - 2 * cross).trace()
     assert float(style_loss(StyleLoss.WASSERSTEIN, style, features)) == pytest.approx(expected / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 64])
+def test_wasserstein_of_a_style_of_one_colour(channels: int) -> None:
+    """Its covariance is zero to rounding, on both sides of it: what is left is the picture's own spread."""
+    style = random(1, channels, 1, 1, seed=1).float().expand(1, channels, 40, 40) * 30
+    features = random(1, channels, 20, 20, seed=2).float()
+    loss = STYLE_LOSSES[StyleLoss.WASSERSTEIN](style_targets(style, StyleLoss.WASSERSTEIN))
+    means = (features.mean(dim=(0, 2, 3)) - style[0, :, 0, 0]).square().mean()
+    expected = means + covariance(features).trace() / channels
+    assert float(loss(features)) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_weighted_quantiles_of_one_position() -> None:
+    """Are that one value."""
+    found = quantiles(torch.full((1, 2, 1, 1), 3.0), torch.eye(2), torch.ones(1))
+    assert torch.equal(found, torch.full((2, 512), 3.0))
 
 
 def test_matrix_roots() -> None:

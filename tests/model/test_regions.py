@@ -46,6 +46,15 @@ def test_layer_weights_sum_to_one_and_stay_inside() -> None:
         assert float(map_[:, 80 // stride :].sum()) == 0
 
 
+@pytest.mark.parametrize("layer", ["relu1_1", "relu5_1"])
+def test_soft_masks_weigh_softly(layer: str) -> None:
+    """From one region to the other along a ramp, every position belongs to one or to the other."""
+    ramp = torch.linspace(0, 1, 512).expand(64, 512)
+    weights = layer_weights(torch.stack((ramp, 1 - ramp)), (64, 512), [layer], VGG16)[layer]
+    both = weights.sum(dim=0)
+    assert float(both.min()) > 0.5 * float(both.mean())
+
+
 def test_weights_shrink_from_the_edge_with_the_receptive_field() -> None:
     """A position weighs nothing right at a straight edge, and fully once its receptive field lies inside."""
     left, right = halves(64, 512)
@@ -110,13 +119,13 @@ def test_equal_weights_change_nothing(loss: StyleLoss) -> None:
     )
 
 
-def test_layout_groups_equal_masks_and_shares_by_area_and_weight() -> None:
-    """A quarter of the area with twice the weight: the shares are 2·¼ to 1·¾, and sum to the area covered."""
+def test_layout_groups_equal_masks_and_shares_by_area() -> None:
+    """A quarter of the area has a quarter of the style loss, whatever its styles weigh."""
     quarter = torch.zeros(8, 8)
     quarter[:4, :4] = 1
     layout = Layout.of([quarter, None, quarter.clone()], [1.5, 1, 0.5])
     assert layout.members == ((0, 2), (1,))
-    assert layout.shares == pytest.approx((0.4, 0.6))
+    assert layout.shares == pytest.approx((0.25, 0.75))
     alone = Layout.of([quarter], [3])
     assert alone.shares == pytest.approx((0.25,))
 
@@ -132,7 +141,7 @@ def test_layout_leaves_out_what_is_nowhere() -> None:
     full, (left, right) = torch.ones(8, 8), halves(8, 8)
     assert Layout.of([full, None], [1, 1]).members == ((0,),)
     assert Layout.of([left, right], [1, 0]).members == ((0,),)
-    with pytest.raises(ValueError, match="weight above 0"):
+    with pytest.raises(InvalidOption, match="styles must have a weight above 0 somewhere"):
         Layout.of([left], [0])
 
 

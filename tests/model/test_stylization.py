@@ -227,7 +227,7 @@ def test_unknown_layers_are_refused(tiny_model: FeatureModel, picture: Picture) 
     """A layer that the model lacks names the option, the layer and the nearest one."""
     options = StylizeOptions(content_layers={"relu4_9": 1})
     with pytest.raises(InvalidOption, match=r"content_layers\[relu4_9\] is no layer.*did you mean relu4_"):
-        next(nst_model.stylize(tiny_model, picture(32, 32, 1), [], options))
+        next(nst_model.stylize(tiny_model, picture(32, 32, 1), [Style(picture(32, 32, 2))], options))
 
 
 def test_pixels_round_and_clip() -> None:

@@ -433,3 +433,28 @@ def assert_skips(told: Told, interval: int) -> None:
     for (before, now), (_, skipped, _, _) in zip(itertools.pairwise(iterations), told.frames, strict=True):
         assert now % interval == 0
         assert skipped == (now - before) // interval - 1
+
+
+async def test_a_run_that_gets_no_further_ends_early_and_never_goes_back(caller: Caller, ask: Ask) -> None:
+    """Its numbers rise to the end, the result is the best of them, and it says that it converged."""
+    told = await caller.told(
+        ask(iterations=10_000, init="INIT_NOISE", style_layers={"relu1_1": 1.0}, content_weight=0.0)
+    )
+
+    iterations = [progress.iteration for progress in told.progress]
+    assert iterations == sorted(set(iterations))
+    assert iterations[-1] < 10_000
+    assert min(progress.iterations_per_second for progress in told.progress) >= 0
+    result = told.of("result")[0].result
+    assert result.stop_reason == job_pb2.STOP_REASON_CONVERGED
+    assert result.loss == min(progress.loss for progress in told.progress)
+
+
+async def test_an_average_is_returned_as_it_is_at_the_end(caller: Caller, ask: Ask) -> None:
+    """Of the last iterate, although another had the lowest loss."""
+    options = {"optimizer": "OPTIMIZER_ADAM", "learning_rate": 0.3, "averaging": 0.9, "iterations": 12}
+    told = await caller.told(ask(preview={"interval": 1, "encoding": {"format": "IMAGE_FORMAT_PNG"}}, **options))
+
+    result = told.of("result")[0].result
+    assert result.iteration == 12
+    assert np.array_equal(told.pixels, np.asarray(opened(told.frames[-1][3])))

@@ -28,7 +28,7 @@ export interface PictureParameters {
   readonly model: string;
   /** SHA-256 of the file that the model's weights were published in. */
   readonly modelSha256: string;
-  /** Every option. With the same images, `stylize({ …, options })` makes the picture again. */
+  /** Every option. With the same model and images, `stylize({ …, model, options })` makes the picture again. */
   readonly options: StylizeOptions;
   /** SHA-256 of the photograph's file. */
   readonly contentSha256: string;
