@@ -3,6 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON
+# OpenMP's threads wait by spinning, which makes everything slow on a machine with other work; see server/nst_server/executor.py.
+export GOMP_SPINCOUNT ?= 1000
 PROJECT_FILES := pyproject.toml proto/generate.py $(wildcard proto/nst/v1/*.proto)
 
 .PHONY: demo test check unit node format bench baseline clean
