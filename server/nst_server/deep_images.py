@@ -16,7 +16,9 @@ from PIL.PngImagePlugin import putchunk
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 if TYPE_CHECKING:
-    from nst_server.images import DeepPixels
+    from numpy.typing import NDArray
+
+    DeepPixels = NDArray[np.uint16]
 
 COMPRESS_LEVEL = 4
 UP = 2

@@ -26,8 +26,9 @@ from nst_server.errors import InvalidField
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from nst_server.deep_images import DeepPixels
+
     Pixels = NDArray[np.uint8]
-    DeepPixels = NDArray[np.uint16]
     Mask = NDArray[np.uint8]  # HW, 255 where it is opaque
 
 READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")

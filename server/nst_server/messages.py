@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from nst_model.options import StylizeOptions
 
 if TYPE_CHECKING:
-    from nst_server.images import DeepPixels, Mask, Pixels
+    from nst_server.deep_images import DeepPixels
+    from nst_server.images import Mask, Pixels
 
 
 @dataclass(frozen=True)
