@@ -1,0 +1,83 @@
+"""Which loss for which picture: contact sheets of style losses, content weights and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from studies.lab import STYLE_LOSS_NAMES, Lab, style_loss
+from studies.measures import edge_agreement, ssim
+from studies.report import Report
+
+PHOTO, STYLES = "cat", ("strokes", "waves", "mosaic")
+CONTENT_WEIGHTS = (0.0, 0.01, 0.05, 0.2, 1.0)
+STYLE_SCALES, FIRST_SIZES_PX = (0.5, 1.0, 2.0), (64, 128, 4096)
+
+
+def run(lab: Lab, report: Report) -> None:
+    """Make the study's pictures, numbers and tables."""
+    style_losses(lab, report)
+    content_weights(lab, report)
+    scales(lab, report)
+
+
+def style_losses(lab: Lab, report: Report) -> None:
+    """Every style loss with every style, each pulling as hard at the photo as Wasserstein does."""
+    photo, sheet, facts = lab.photos[PHOTO], [], {}
+    for style in STYLES:
+        weights = lab.style_weights(PHOTO, style)
+        made = {loss: lab.picture(PHOTO, style, style_loss=loss, style_weight=w) for loss, w in weights.items()}
+        sheet.append([(style, lab.styles[style]), *made.items()])
+        facts[style] = {loss: judged(lab, picture, photo, style) for loss, picture in made.items()}
+    report.sheet("style-losses", sheet)
+    report.numbers("style_losses", facts)
+    rows = [
+        [loss, *(facts[style][loss][fact] for style in STYLES for fact in ("sliced", "ssim"))]
+        for loss in STYLE_LOSS_NAMES
+    ]
+    head = ["style loss", *(text for style in STYLES for text in (f"{style}: style distance", "SSIM"))]
+    report.table("style-losses", head, rows)
+
+
+def content_weights(lab: Lab, report: Report) -> None:
+    """One picture for each weight of the content."""
+    made = {f"{weight:g}": lab.picture(PHOTO, STYLES[0], content_weight=weight) for weight in CONTENT_WEIGHTS}
+    tabulated(lab, report, "content-weights", "content weight", made, STYLES[0])
+    report.sheet("content-weights", [[(f"content weight {name}", picture) for name, picture in made.items()]])
+
+
+def scales(lab: Lab, report: Report) -> None:
+    """One picture for each size of the style and each size to begin at."""
+    made, sheet = {}, []
+    for scale in STYLE_SCALES:
+        row = []
+        for first in FIRST_SIZES_PX:
+            given: dict[str, Any] = {"style_scale": scale, "first_size_px": first}
+            picture = lab.picture(PHOTO, STYLES[1], **given)
+            name = f"style × {scale:g}, from {min(first, lab.size_px)} px"
+            made[name] = picture
+            row.append((name, picture))
+        sheet.append(row)
+    report.sheet("scales", sheet)
+    tabulated(lab, report, "scales", "scales", made, STYLES[1])
+
+
+def tabulated(lab: Lab, report: Report, name: str, head: str, made: Mapping[str, Tensor], style: str) -> None:
+    """Write a table of what is left of the photo, and how near the style is, in each picture."""
+    facts = {label: judged(lab, picture, lab.photos[PHOTO], style) for label, picture in made.items()}
+    report.numbers(name.replace("-", "_"), facts)
+    rows = [[label, *of.values()] for label, of in facts.items()]
+    report.table(name, [head, "Wasserstein", "sliced", "SSIM", "edges"], rows)
+
+
+def judged(lab: Lab, picture: Tensor, photo: Tensor, style: str) -> dict[str, float]:
+    """Return a picture's distance from the style, 1 = the photo's, by two losses, and what is left of the photo."""
+    found = {}
+    with torch.no_grad():
+        here, before, there = (lab.features(of) for of in (picture, photo, lab.styles[style]))
+        for loss in ("wasserstein", "sliced"):
+            found[loss] = float(style_loss(loss, here, there)) / float(style_loss(loss, before, there))
+    return {**found, "ssim": ssim(picture, photo), "edges": edge_agreement(picture, photo)}
