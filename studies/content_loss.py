@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from studies.lab import CONTENT_LOSS_NAMES, Features, Lab, content_loss, style_loss
+from nst_model.stylization import of_size
+from studies.lab import CONTENT_LOSS_NAMES, Features, Lab, Loss, content_losses, scaled, style_losses
 from studies.measures import edge_agreement, intensity, ssim
 from studies.report import Report, curves, figure
 
 PHOTOS, STYLE = ("cat", "astronaut"), "strokes"
 FACTORS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6)
 SHIFTS_PX = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-RAW = "raw inner product"
+LAYER, RAW = "relu4_2", "raw inner product"
 RUNAWAY_STEPS, RUNAWAY_EDGE_PX = 60, 96
 INVERSION_WEIGHT = 5.0
 
@@ -52,29 +54,29 @@ def bent(photo: Tensor, pixels: float, seed: int = 0) -> Tensor:
     return moved
 
 
-def raw_inner_product(here: Features, content: Features) -> Tensor:
-    """Return minus the inner product of the feature maps at the content layers, in units of the content's own: −1."""
-    (layer,) = ("relu4_2",)
-    return -(here[layer] * content[layer]).sum() / content[layer].square().sum()
+def raw_inner_product(content: Features) -> Loss:
+    """Return minus the inner product of feature maps with the content's, in units of the content's with itself: −1."""
+    wanted = content[LAYER]
+    return lambda here: -(here[LAYER] * wanted).sum() / wanted.square().sum()
 
 
 def responses(lab: Lab, report: Report) -> None:
-    """What each loss makes of a changed photo: 1 is what it makes of another photo."""
+    """Measure each loss on a changed photo: 1 is what it makes of another photo."""
     with torch.no_grad():
         features = {name: lab.features(photo) for name, photo in lab.photos.items()}
-        units = {loss: between_photos(lab, loss, features) for loss in CONTENT_LOSS_NAMES}
+        losses = {name: {**content_losses(of), RAW: raw_inner_product(of)} for name, of in features.items()}
+        units = {**between_photos(lab, losses), RAW: 1.0}
 
         def response(change: Callable[[Tensor], Tensor]) -> dict[str, float]:
             moved = {name: lab.features(change(photo)) for name, photo in lab.photos.items()}
-            found = {
-                loss: average([float(content_loss(loss, moved[name], of)) for name, of in features.items()]) / unit
+            return {
+                loss: average([float(losses[name][loss](moved[name])) for name in losses]) / unit
                 for loss, unit in units.items()
             }
-            return {**found, RAW: average([float(raw_inner_product(moved[name], of)) for name, of in features.items()])}
 
-        by_brightness = {factor: response(lambda photo, f=factor: brighter(photo, f)) for factor in FACTORS}  # type: ignore[misc]
-        by_contrast = {factor: response(lambda photo, f=factor: contrasted(photo, f)) for factor in FACTORS}  # type: ignore[misc]
-        by_shift = {pixels: response(lambda photo, p=pixels: bent(photo, p)) for pixels in SHIFTS_PX}  # type: ignore[misc]
+        by_brightness = {factor: response(partial(brighter, factor=factor)) for factor in FACTORS}
+        by_contrast = {factor: response(partial(contrasted, factor=factor)) for factor in FACTORS}
+        by_shift = {pixels: response(partial(bent, pixels=pixels)) for pixels in SHIFTS_PX}
     report.numbers("brightness", by_brightness)
     report.numbers("contrast", by_contrast)
     report.numbers("local_shift_px", by_shift)
@@ -92,7 +94,9 @@ def responses(lab: Lab, report: Report) -> None:
         "bent by 8 px": by_shift[8.0],
     }
     names = [*CONTENT_LOSS_NAMES, RAW]
-    report.table("responses", ["the photo with …", *names], [[case, *(of[n] for n in names)] for case, of in cases.items()])
+    report.table(
+        "responses", ["the photo with …", *names], [[case, *(of[n] for n in names)] for case, of in cases.items()]
+    )
     photo = lab.photos[PHOTOS[0]]
     tiles = [
         ("photo", photo),
@@ -105,16 +109,16 @@ def responses(lab: Lab, report: Report) -> None:
     report.sheet("changes", [tiles])
 
 
-def between_photos(lab: Lab, loss: str, features: Mapping[str, Features]) -> float:
-    """Return the mean of a loss between photos, each against the others scaled to its shape."""
-    found = []
-    for name, of in features.items():
-        height, width = lab.photos[name].shape[1:]
+def between_photos(lab: Lab, losses: Mapping[str, Mapping[str, Loss]]) -> dict[str, float]:
+    """Return content loss → its mean between photos, each against the others stretched to its shape."""
+    found: dict[str, list[float]] = {name: [] for name in CONTENT_LOSS_NAMES}
+    for name, of in losses.items():
         for other, photo in lab.photos.items():
             if other != name:
-                stretched = F.interpolate(photo[None], size=(height, width), mode="bilinear", antialias=True)[0]
-                found.append(float(content_loss(loss, lab.features(stretched), of)))
-    return average(found)
+                here = lab.features(of_size(photo, lab.photos[name].shape[1:]))
+                for loss, values in found.items():
+                    values.append(float(of[loss](here)))
+    return {loss: average(values) for loss, values in found.items()}
 
 
 def average(values: Sequence[float]) -> float:
@@ -132,7 +136,9 @@ def plot_responses(report: Report, *by: Mapping[float, Mapping[str, float]]) -> 
         curves(axes, list(found), lines, title=title, x_label=label, y_label="loss; 1 = another photo")
     panels[0].legend(fontsize=8)
     raw = {title.lower(): [at[RAW] for at in found.values()] for title, found in zip(titles[:2], by, strict=False)}
-    curves(panels[3], list(by[0]), raw, title="Raw inner product", x_label="factor", y_label="loss; −1 = the photo itself")
+    curves(
+        panels[3], list(by[0]), raw, title="Raw inner product", x_label="factor", y_label="loss; −1 = the photo itself"
+    )
     panels[3].axhline(-1, color="black", linewidth=0.8, linestyle="--")
     panels[3].legend(fontsize=8)
     report.plot("responses", plotted)
@@ -140,54 +146,55 @@ def plot_responses(report: Report, *by: Mapping[float, Mapping[str, float]]) -> 
 
 def runaway(lab: Lab, report: Report) -> None:
     """Descend on the raw inner product and on the bounded ones, from a photo at 40 % contrast."""
-    small = F.interpolate(lab.photos[PHOTOS[0]][None], size=smaller(lab), mode="bilinear", antialias=True)[0]
-    losses: dict[str, Callable[[Features, Features], Tensor]] = {
-        RAW: raw_inner_product,
-        "inner_product": lambda here, there: content_loss("inner_product", here, there),
-        "squared_error": lambda here, there: content_loss("squared_error", here, there),
-    }
-    found = {name: descended(lab, small, loss) for name, loss in losses.items()}
-    report.numbers("descent", {name: {"loss": values, "largest_pixel": largest} for name, (values, largest, _) in found.items()})
+    photo = lab.photos[PHOTOS[0]]
+    small = scaled(photo, min(RUNAWAY_EDGE_PX, max(photo.shape[1:])))
+    with torch.no_grad():
+        there = lab.features(small)
+    losses = {RAW: raw_inner_product(there), **content_losses(there)}
+    found = {name: descended(lab, small, losses[name]) for name in (RAW, "inner_product", "squared_error")}
+    report.numbers(
+        "descent", {name: {"loss": values, "largest_pixel": largest} for name, (values, largest, _) in found.items()}
+    )
     plotted, panels = figure(columns=2, width=4.6, height=3.6)
     steps = list(range(RUNAWAY_STEPS))
     values = {name: trace for name, (trace, _, _) in found.items()}
-    curves(panels[0], steps, values, title="The loss while it is minimized alone", x_label="step of Adam", y_label="loss")
+    curves(
+        panels[0], steps, values, title="The loss while it is minimized alone", x_label="step of Adam", y_label="loss"
+    )
     largest = {name: trace for name, (_, trace, _) in found.items()}
-    curves(panels[1], steps, largest, title="The picture's largest value", x_label="step of Adam", y_label="|value − ½|, 0.5 = in range")
+    curves(
+        panels[1],
+        steps,
+        largest,
+        title="The picture's largest value",
+        x_label="step of Adam",
+        y_label="|value − ½|, 0.5 = in range",
+    )
     panels[1].axhline(0.5, color="black", linewidth=0.8, linestyle="--")
     panels[0].legend(fontsize=8)
     report.plot("descent", plotted)
-    report.sheet("descent", [[("start", contrasted(small, 0.4)), *((name, picture) for name, (_, _, picture) in found.items())]])
+    report.sheet(
+        "descent", [[("start", contrasted(small, 0.4)), *((name, picture) for name, (_, _, picture) in found.items())]]
+    )
 
 
-def smaller(lab: Lab) -> tuple[int, int]:
-    """Return height and width of the first photo with a longer edge of RUNAWAY_EDGE_PX, or its own if smaller."""
-    height, width = lab.photos[PHOTOS[0]].shape[1:]
-    scale = min(1.0, RUNAWAY_EDGE_PX / max(height, width))
-    return max(16, round(height * scale)), max(16, round(width * scale))
-
-
-def descended(
-    lab: Lab, photo: Tensor, loss: Callable[[Features, Features], Tensor]
-) -> tuple[list[float], list[float], Tensor]:
+def descended(lab: Lab, photo: Tensor, loss: Loss) -> tuple[list[float], list[float], Tensor]:
     """Return a loss and the picture's largest distance from mid-gray, step by step, and the last picture."""
-    with torch.no_grad():
-        there = lab.features(photo)
     image = contrasted(photo, 0.4).requires_grad_(True)
     adam = torch.optim.Adam([image], lr=0.02)
     values, largest = [], []
     for _ in range(RUNAWAY_STEPS):
         adam.zero_grad()
-        value = loss(lab.features(image), there)
+        value = loss(lab.features(image))
         value.backward()  # type: ignore[no-untyped-call]
-        values.append(float(value))
+        values.append(float(value.detach()))
         largest.append(float((image.detach() - 0.5).abs().max()))
         adam.step()
     return values, largest, image.detach()
 
 
 def stylized(lab: Lab, report: Report) -> None:
-    """The pictures that each loss makes of the same photos, and what is left of the photos in them."""
+    """Show what each loss makes of the same photos, and measure what is left of them."""
     rows, sheet, numbers = [], [], {}
     for name in PHOTOS:
         photo = lab.photos[name]
@@ -215,10 +222,10 @@ def matched(lab: Lab, photo: str) -> dict[str, float]:
 
 def kept(lab: Lab, picture: Tensor, photo: str) -> dict[str, float]:
     """Return what is left of a photo in a picture, and how far the picture is from the style: 1 = the photo."""
-    there, original = lab.styles[STYLE], lab.photos[photo]
+    original = lab.photos[photo]
     with torch.no_grad():
-        style, here, before = lab.features(there), lab.features(picture), lab.features(original)
-        distance = float(style_loss("wasserstein", here, style)) / float(style_loss("wasserstein", before, style))
+        loss = style_losses(lab.features(lab.styles[STYLE]), ["sliced"])["sliced"]
+        distance = float(loss(lab.features(picture))) / float(loss(lab.features(original)))
     return {
         "ssim": ssim(picture, original),
         "edges": edge_agreement(picture, original),
@@ -228,7 +235,7 @@ def kept(lab: Lab, picture: Tensor, photo: str) -> dict[str, float]:
 
 
 def inversions(lab: Lab, report: Report) -> None:
-    """The pictures that each content loss alone makes of noise: what it remembers of a photo."""
+    """Show what each content loss alone makes of noise: what it remembers of a photo."""
     rows, sheet, numbers = [], [], {}
     for name in PHOTOS:
         photo, weights = lab.photos[name], matched(lab, name)

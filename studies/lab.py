@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ CONTENT_LOSS_NAMES = tuple(str(loss) for loss in ContentLoss)
 
 Features = Mapping[str, Tensor]
 """Layer → features (1, C, H, W)."""
+
+Loss = Callable[[Features], Tensor]
+"""Features of a picture → how far they are from what they are compared with, a scalar."""
 
 
 class Lab:
@@ -77,25 +81,21 @@ class Lab:
 
         How hard is the norm of the gradient of the style term alone, with respect to the picture.
         """
-        there = self.features(self.styles[style])
-
-        def pull(name: str) -> float:
-            image = self.photos[photo].clone().requires_grad_(True)
-            gradient = torch.autograd.grad(style_loss(name, self.features(image), there), image)[0]
-            return float(gradient.norm())
-
-        return ratios(StyleLoss.WASSERSTEIN, {name: pull(name) for name in STYLE_LOSS_NAMES})
+        with torch.no_grad():
+            losses = style_losses(self.features(self.styles[style]))
+        pulls = {name: self._pull(loss, self.photos[photo]) for name, loss in losses.items()}
+        return ratios(StyleLoss.WASSERSTEIN, pulls)
 
     def content_weights(self, photo: str, picture: Tensor) -> dict[str, float]:
         """Return content loss → the weight with which it pulls as hard at `picture` as squared error does with 1."""
         with torch.no_grad():
-            there = self.features(self.photos[photo])
+            losses = content_losses(self.features(self.photos[photo]))
+        pulls = {name: self._pull(loss, picture) for name, loss in losses.items()}
+        return ratios(ContentLoss.SQUARED_ERROR, pulls)
 
-        def pull(name: str) -> float:
-            image = picture.clone().requires_grad_(True)
-            return float(torch.autograd.grad(content_loss(name, self.features(image), there), image)[0].norm())
-
-        return ratios(ContentLoss.SQUARED_ERROR, {name: pull(name) for name in CONTENT_LOSS_NAMES})
+    def _pull(self, loss: Loss, picture: Tensor) -> float:
+        image = picture.clone().requires_grad_(True)
+        return float(torch.autograd.grad(loss(self.features(image)), image)[0].norm())
 
     def picture(self, content: str, style: str, **given: Any) -> Tensor:
         """Return what the preset `fine` with the options `given` makes of a photo, or of a style's frame.
@@ -112,30 +112,43 @@ class Lab:
 
     def make(self, content: Tensor, style: Tensor, options: StylizeOptions) -> Tensor:
         """Return the last picture of a stylization, clipped."""
-        last = None
-        for last in stylize(self.model, content, [Style(style)], options):
-            pass
-        assert last is not None
+        (last,) = deque(stylize(self.model, content, [Style(style)], options), maxlen=1)
         return last.picture.clamp(0, 1).cpu()
 
 
-def style_loss(name: str, here: Features, style: Features, options: StylizeOptions | None = None) -> Tensor:
-    """Return one of the style losses of a picture's features against a style's, over the preset's layers."""
-    kind = StyleLoss(name)
-    total = torch.zeros(())
-    for layer, weight in relative((options or StylizeOptions()).style_layers).items():
-        targets = style_targets(style[layer].detach(), kind)
-        total = total + weight * STYLE_LOSSES[kind](targets)(here[layer]).cpu()
-    return total
+def style_losses(style: Features, names: Sequence[str] = STYLE_LOSS_NAMES) -> dict[str, Loss]:
+    """Return style loss → how far a picture's features are from a style's, over the preset's layers."""
+    return {name: _style_loss(StyleLoss(name), style) for name in names}
 
 
-def content_loss(name: str, here: Features, content: Features) -> Tensor:
-    """Return one of the content losses of a picture's features against the content's, over the preset's layers."""
-    comparison = CONTENT_LOSSES[ContentLoss(name)]()
-    total = torch.zeros(())
-    for layer, weight in relative(StylizeOptions().content_layers).items():
-        total = total + weight * comparison(here[layer], content[layer].detach()).cpu()
-    return total
+def _style_loss(kind: StyleLoss, style: Features) -> Loss:
+    layers = relative(StylizeOptions().style_layers)
+    at_layers = {layer: STYLE_LOSSES[kind](style_targets(style[layer].detach(), kind)) for layer in layers}
+
+    def loss(here: Features) -> Tensor:
+        total = torch.zeros(())
+        for layer, weight in layers.items():
+            total = total + weight * at_layers[layer](here[layer]).cpu()
+        return total
+
+    return loss
+
+
+def content_losses(content: Features) -> dict[str, Loss]:
+    """Return content loss → how far a picture's features are from the content's, over the preset's layers."""
+    return {name: _content_loss(ContentLoss(name), content) for name in CONTENT_LOSS_NAMES}
+
+
+def _content_loss(kind: ContentLoss, content: Features) -> Loss:
+    layers, comparison = relative(StylizeOptions().content_layers), CONTENT_LOSSES[kind]()
+
+    def loss(here: Features) -> Tensor:
+        total = torch.zeros(())
+        for layer, weight in layers.items():
+            total = total + weight * comparison(here[layer], content[layer]).cpu()
+        return total
+
+    return loss
 
 
 def ratios(reference: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -46,9 +46,11 @@ def ghost(picture: Tensor, photo: Tensor, style: Tensor) -> float:
 
 
 def _coarse(picture: Tensor) -> np.ndarray:
-    return ndimage.gaussian_filter(luminance(picture), max(picture.shape[1:]) / 32)
+    blurred: np.ndarray = ndimage.gaussian_filter(luminance(picture), max(picture.shape[1:]) / 32)
+    return blurred
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:
     flat = values.ravel() - values.mean()
-    return flat / max(float(flat.std()), 1e-9)
+    standardized: np.ndarray = flat / max(float(flat.std()), 1e-9)
+    return standardized

@@ -46,7 +46,9 @@ class Report:
 
     def table(self, name: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Write a table between the page's markers of that name; at the end of the page if it has none."""
-        lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(map(shown, row) for row in rows))]
+        lines = [
+            f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(map(shown, row) for row in rows))
+        ]
         page = self._folder / f"{self._name}.md"
         before = page.read_text(encoding="utf-8") if page.exists() else ""
         page.write_text(filled(before, name, "\n".join(lines)), encoding="utf-8")
@@ -70,12 +72,16 @@ def filled(page: str, name: str, table: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a cell's text: numbers in three digits."""
+    """Return a cell's text; a number in two or three digits."""
     if not isinstance(value, float):
         return str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e4:
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if not 1e-3 <= size < 1e4:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.{max(0, 2 - max(0, int(np.floor(np.log10(abs(value) or 1)))))}f}" if abs(value) >= 0.1 else f"{value:.3f}"
+    decimals = 3 if size < 0.1 else 2 if size < 10 else 1 if size < 100 else 0
+    return f"{value:.{decimals}f}"
 
 
 def rounded(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studies.lab import STYLE_LOSS_NAMES, Lab, style_loss
+from studies.lab import STYLE_LOSS_NAMES, Lab, style_losses
 from studies.measures import edge_agreement, ssim
 from studies.report import Report
 
@@ -19,13 +19,13 @@ STYLE_SCALES, FIRST_SIZES_PX = (0.5, 1.0, 2.0), (64, 128, 4096)
 
 def run(lab: Lab, report: Report) -> None:
     """Make the study's pictures, numbers and tables."""
-    style_losses(lab, report)
+    every_style_loss(lab, report)
     content_weights(lab, report)
     scales(lab, report)
 
 
-def style_losses(lab: Lab, report: Report) -> None:
-    """Every style loss with every style, each pulling as hard at the photo as Wasserstein does."""
+def every_style_loss(lab: Lab, report: Report) -> None:
+    """Try every style loss with every style, each pulling as hard at the photo as Wasserstein does."""
     photo, sheet, facts = lab.photos[PHOTO], [], {}
     for style in STYLES:
         weights = lab.style_weights(PHOTO, style)
@@ -43,14 +43,15 @@ def style_losses(lab: Lab, report: Report) -> None:
 
 
 def content_weights(lab: Lab, report: Report) -> None:
-    """One picture for each weight of the content."""
+    """Make one picture for each weight of the content."""
     made = {f"{weight:g}": lab.picture(PHOTO, STYLES[0], content_weight=weight) for weight in CONTENT_WEIGHTS}
-    tabulated(lab, report, "content-weights", "content weight", made, STYLES[0])
+    facts = {label: judged(lab, picture, lab.photos[PHOTO], STYLES[0]) for label, picture in made.items()}
+    tabulate(report, "content-weights", "content weight", facts)
     report.sheet("content-weights", [[(f"content weight {name}", picture) for name, picture in made.items()]])
 
 
 def scales(lab: Lab, report: Report) -> None:
-    """One picture for each size of the style and each size to begin at."""
+    """Make one picture for each size of the style and each size to begin at."""
     made, sheet = {}, []
     for scale in STYLE_SCALES:
         row = []
@@ -62,12 +63,12 @@ def scales(lab: Lab, report: Report) -> None:
             row.append((name, picture))
         sheet.append(row)
     report.sheet("scales", sheet)
-    tabulated(lab, report, "scales", "scales", made, STYLES[1])
+    facts = {label: judged(lab, picture, lab.photos[PHOTO], STYLES[1]) for label, picture in made.items()}
+    tabulate(report, "scales", "scales", facts)
 
 
-def tabulated(lab: Lab, report: Report, name: str, head: str, made: Mapping[str, Tensor], style: str) -> None:
-    """Write a table of what is left of the photo, and how near the style is, in each picture."""
-    facts = {label: judged(lab, picture, lab.photos[PHOTO], style) for label, picture in made.items()}
+def tabulate(report: Report, name: str, head: str, facts: Mapping[str, Mapping[str, float]]) -> None:
+    """Write a table of what `judged` says of each picture."""
     report.numbers(name.replace("-", "_"), facts)
     rows = [[label, *of.values()] for label, of in facts.items()]
     report.table(name, [head, "Wasserstein", "sliced", "SSIM", "edges"], rows)
@@ -75,9 +76,8 @@ def tabulated(lab: Lab, report: Report, name: str, head: str, made: Mapping[str,
 
 def judged(lab: Lab, picture: Tensor, photo: Tensor, style: str) -> dict[str, float]:
     """Return a picture's distance from the style, 1 = the photo's, by two losses, and what is left of the photo."""
-    found = {}
     with torch.no_grad():
-        here, before, there = (lab.features(of) for of in (picture, photo, lab.styles[style]))
-        for loss in ("wasserstein", "sliced"):
-            found[loss] = float(style_loss(loss, here, there)) / float(style_loss(loss, before, there))
+        losses = style_losses(lab.features(lab.styles[style]), ["wasserstein", "sliced"])
+        here, before = lab.features(picture), lab.features(photo)
+        found = {name: float(loss(here)) / float(loss(before)) for name, loss in losses.items()}
     return {**found, "ssim": ssim(picture, photo), "edges": edge_agreement(picture, photo)}

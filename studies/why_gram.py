@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from studies.lab import STYLE_LOSS_NAMES, Features, Lab, square, style_loss
+from nst_model.stylization import of_size
+from studies.lab import STYLE_LOSS_NAMES, Features, Lab, Loss, square, style_losses
 from studies.measures import ghost, ssim
 from studies.report import Report, curves, figure, heatmap
-from nst_model.stylization import of_size
 
 PHOTO, STYLE = "cat", "strokes"
 SHIFTS_PX = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-SHEET_SHIFT_PX = 13
+RESPONSE_SCALE = 1.5
+"""Size of the styles whose responses are measured, relative to the pictures': their edges matter less."""
 
 
 def run(lab: Lab, report: Report) -> None:
@@ -30,21 +32,26 @@ def shifted(picture: Tensor, pixels: int) -> Tensor:
     return picture.roll((pixels, pixels), dims=(-2, -1))
 
 
+def half_way(picture: Tensor) -> Tensor:
+    """Return a picture (…, H, W) shifted by half its height."""
+    return shifted(picture, picture.shape[-2] // 2)
+
+
 def shuffled(picture: Tensor, block_px: int, seed: int = 0) -> Tensor:
     """Return the largest part of a picture that whole blocks cover, with its blocks in random order."""
     rows, columns = (edge // block_px for edge in picture.shape[1:])
-    blocks = picture[:, : rows * block_px, : columns * block_px].unflatten(2, (columns, block_px))
-    blocks = blocks.unflatten(1, (rows, block_px)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    whole = picture[:, : rows * block_px, : columns * block_px]
+    blocks = whole.reshape(3, rows, block_px, columns, block_px).permute(1, 3, 0, 2, 4).flatten(0, 1)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    moved = blocks[order].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
-    return moved.flatten(3, 4).flatten(1, 2)
+    moved = blocks[order].reshape(rows, columns, 3, block_px, block_px).permute(2, 0, 3, 1, 4)
+    return moved.reshape(whole.shape)
 
 
 TRANSFORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "shifted by 1 px": lambda picture: shifted(picture, 1),
-    f"shifted by {SHEET_SHIFT_PX} px": lambda picture: shifted(picture, SHEET_SHIFT_PX),
+    "shifted by 13 px": lambda picture: shifted(picture, 13),
     "shifted by 16 px": lambda picture: shifted(picture, 16),
-    "shifted by half": lambda picture: shifted(picture, picture.shape[1] // 2),
+    "shifted by half": half_way,
     "flipped left–right": lambda picture: picture.flip(2),
     "flipped upside down": lambda picture: picture.flip(1),
     "turned by 90°": lambda picture: picture.rot90(1, (1, 2)),
@@ -56,26 +63,30 @@ FEATURES_SHIFTED = "features shifted by half"
 
 
 def responses(lab: Lab, report: Report) -> None:
-    """What each loss makes of a style moved about: 1 is what it makes of another style."""
-    styles = {name: cropped(picture) for name, picture in lab.styles.items()}
+    """Measure each loss on a style moved about: 1 is what it makes of another style."""
+    styles = {name: cropped(lab.style(name, RESPONSE_SCALE)) for name in lab.styles}
     with torch.no_grad():
         features = {name: lab.features(picture) for name, picture in styles.items()}
-        units = {loss: between_styles(loss, features) for loss in STYLE_LOSS_NAMES}
+        losses = {name: style_losses(of) for name, of in features.items()}
+        units = {
+            name: between(losses[name], [features[other] for other in features if other != name]) for name in losses
+        }
 
-        def response(change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
-            moved = {name: lab.features(change(picture)) for name, picture in styles.items()}
-            return normalized(moved, features, units)
+        def response(moved: Callable[[str], Features]) -> dict[str, dict[str, float]]:
+            found = {name: values(losses[name], moved(name), units[name]) for name in styles}
+            return {loss: {name: found[name][loss] for name in styles} for loss in STYLE_LOSS_NAMES}
+
+        def response_to(change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
+            return response(lambda name: lab.features(change(styles[name])))
 
         by_transform = {
-            FEATURES_SHIFTED: normalized(
-                {name: {layer: shifted(at, at.shape[3] // 2) for layer, at in of.items()} for name, of in features.items()},
-                features,
-                units,
-            )
+            "as it is": response(features.__getitem__),
+            FEATURES_SHIFTED: response(lambda name: {at: half_way(of) for at, of in features[name].items()}),
+            **{name: response_to(change) for name, change in TRANSFORMS.items()},
         }
-        by_transform |= {name: response(change) for name, change in TRANSFORMS.items()}
-        shifts = [pixels for pixels in SHIFTS_PX if pixels <= min(next(iter(styles.values())).shape[1:]) // 2]
-        by_shift = {pixels: response(lambda picture, pixels=pixels: shifted(picture, pixels)) for pixels in shifts}  # type: ignore[misc]
+        limit = next(iter(styles.values())).shape[1] // 2
+        shifts = [pixels for pixels in SHIFTS_PX if pixels <= limit]
+        by_shift = {pixels: response_to(partial(shifted, pixels=pixels)) for pixels in shifts}
     report.numbers("response", by_transform)
     report.numbers("response_by_shift_px", by_shift)
     report.table(
@@ -111,36 +122,26 @@ def cropped(picture: Tensor) -> Tensor:
     return whole[:, :edge, :edge]
 
 
-def between_styles(loss: str, features: Mapping[str, Features]) -> dict[str, float]:
-    """Return style → the mean of a loss between the others and it."""
-    return {
-        style: mean({other: float(style_loss(loss, features[other], of)) for other in features if other != style})
-        for style, of in features.items()
-    }
+def between(losses: Mapping[str, Loss], others: Sequence[Features]) -> dict[str, float]:
+    """Return loss → its mean over the features of other styles."""
+    return {name: float(np.mean([float(loss(other)) for other in others])) for name, loss in losses.items()}
 
 
-def normalized(
-    moved: Mapping[str, Features], features: Mapping[str, Features], units: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, float]]:
-    """Return loss → style → the loss of its moved features, in units of what the loss makes of other styles."""
-    return {
-        loss: {style: float(style_loss(loss, moved[style], features[style])) / unit for style, unit in by_style.items()}
-        for loss, by_style in units.items()
-    }
+def values(losses: Mapping[str, Loss], features: Features, units: Mapping[str, float]) -> dict[str, float]:
+    """Return loss → its value at some features, in its unit."""
+    return {name: float(loss(features)) / units[name] for name, loss in losses.items()}
 
 
-def mean(values: Mapping[str, float]) -> float:
+def mean(found: Mapping[str, float]) -> float:
     """Return the mean of a mapping's values."""
-    return float(np.mean(list(values.values())))
+    return float(np.mean(list(found.values())))
 
 
 def stylized(lab: Lab, report: Report) -> None:
-    """The pictures that each loss makes of the same photo, and what each loss says of them."""
+    """Show what each loss makes of the same photo, and what each loss says of that."""
     photo, style = lab.photos[PHOTO], lab.styles[STYLE]
     weights = lab.style_weights(PHOTO, STYLE)
-    made = {
-        loss: lab.picture(PHOTO, STYLE, style_loss=loss, style_weight=weight) for loss, weight in weights.items()
-    }
+    made = {loss: lab.picture(PHOTO, STYLE, style_loss=loss, style_weight=weight) for loss, weight in weights.items()}
     report.sheet("stylized", sheet_rows([("photo", photo), ("style", style)], made))
     judged = judgements(lab, made, style, unit=photo)
     stretched = of_size(style, photo.shape[1:])
@@ -155,7 +156,16 @@ def stylized(lab: Lab, report: Report) -> None:
     report.numbers("stylized", {"facts": facts, "judged": judged})
     report.table(
         "stylized",
-        ["made with", "style weight", "SSIM with the photo", "style's layout", "Wasserstein", "sliced", "Gram", "direct"],
+        [
+            "made with",
+            "style weight",
+            "SSIM with the photo",
+            "style's layout",
+            "Wasserstein",
+            "sliced",
+            "Gram",
+            "direct",
+        ],
         [
             [loss, *facts[loss].values(), *(judged[loss][by] for by in ("wasserstein", "sliced", "gram", "direct"))]
             for loss in made
@@ -165,11 +175,13 @@ def stylized(lab: Lab, report: Report) -> None:
 
 
 def textures(lab: Lab, report: Report) -> None:
-    """The pictures that each loss makes of noise, with no content at all."""
+    """Show what each loss makes of noise, with no content at all."""
     style = lab.styles[STYLE]
     weights = lab.style_weights(PHOTO, STYLE)
     made = {
-        loss: lab.picture(STYLE, STYLE, style_loss=loss, style_weight=weight, content_weight=0, init="noise", first_size_px=64)
+        loss: lab.picture(
+            STYLE, STYLE, style_loss=loss, style_weight=weight, content_weight=0, init="noise", first_size_px=64
+        )
         for loss, weight in weights.items()
     }
     report.sheet("textures", sheet_rows([("style", style)], made))
@@ -195,13 +207,9 @@ def sheet_rows(first: list[tuple[str, Tensor]], made: Mapping[str, Tensor]) -> l
 def judgements(lab: Lab, made: Mapping[str, Tensor], style: Tensor, *, unit: Tensor) -> dict[str, dict[str, float]]:
     """Return name → style loss → what it makes of that picture, in units of what it makes of the picture `unit`."""
     with torch.no_grad():
-        there, start = lab.features(style), lab.features(unit)
-        units = {loss: float(style_loss(loss, start, there)) for loss in STYLE_LOSS_NAMES}
-        found = {}
-        for name, picture in made.items():
-            here = lab.features(picture)
-            found[name] = {loss: float(style_loss(loss, here, there)) / units[loss] for loss in STYLE_LOSS_NAMES}
-    return found
+        losses = style_losses(lab.features(style))
+        units = between(losses, [lab.features(unit)])
+        return {name: values(losses, lab.features(picture), units) for name, picture in made.items()}
 
 
 def plot_judgements(report: Report, name: str, judged: Mapping[str, Mapping[str, float]], title: str) -> None:
