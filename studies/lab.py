@@ -98,7 +98,7 @@ class Lab:
         return float(torch.autograd.grad(loss(self.features(image)), image)[0].norm())
 
     def picture(self, content: str, style: str, **given: Any) -> Tensor:
-        """Return what the preset `fine` with the options `given` makes of a photo, or of a style's frame.
+        """Return what the preset `fine` with the options `given` makes of a photo, or of gray in a style's shape.
 
         The same request is answered once.
         """
@@ -106,7 +106,8 @@ class Lab:
         key = (content, style, *sorted((name, str(value)) for name, value in given.items()))
         if key not in self._made:
             print(f"  {content} + {style} {given}", file=sys.stderr, flush=True)
-            photo = self.photos[content] if content in self.photos else self.styles[content]
+            gray = torch.full_like(self.styles[style], 0.5)
+            photo = self.photos.get(content, gray)
             self._made[key] = self.make(photo, self.style(style, options.style_scale), options)
         return self._made[key]
 

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nst_model.stylization import of_size
 from studies.lab import STYLE_LOSS_NAMES, Features, Lab, Loss, square, style_losses
@@ -15,6 +16,9 @@ from studies.measures import ghost, ssim
 from studies.report import Report, curves, figure, heatmap
 
 PHOTO, STYLE = "cat", "strokes"
+WEAKER = (4, 16, 64)
+FIRST_SIZES_PX = (64, 128, 4096)
+LAYOUT_LAYER = "relu4_1"
 SHIFTS_PX = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 RESPONSE_SCALE = 1.5
 """Size of the styles whose responses are measured, relative to the pictures': their edges matter less."""
@@ -24,7 +28,9 @@ def run(lab: Lab, report: Report) -> None:
     """Make the study's pictures, plots, numbers and tables."""
     responses(lab, report)
     stylized(lab, report)
+    weaker(lab, report)
     textures(lab, report)
+    beginnings(lab, report)
 
 
 def shifted(picture: Tensor, pixels: int) -> Tensor:
@@ -174,27 +180,88 @@ def stylized(lab: Lab, report: Report) -> None:
     plot_judgements(report, "stylized-judged", judged, "Pictures of the cat; 1 = the photo as it was")
 
 
-def textures(lab: Lab, report: Report) -> None:
-    """Show what each loss makes of noise, with no content at all."""
-    style = lab.styles[STYLE]
-    weights = lab.style_weights(PHOTO, STYLE)
+def weaker(lab: Lab, report: Report) -> None:
+    """Show that less weight does not mend the direct comparison."""
+    photo, style = lab.photos[PHOTO], lab.styles[STYLE]
+    weight = lab.style_weights(PHOTO, STYLE)["direct"]
     made = {
-        loss: lab.picture(
-            STYLE, STYLE, style_loss=loss, style_weight=weight, content_weight=0, init="noise", first_size_px=64
-        )
-        for loss, weight in weights.items()
+        f"direct × 1/{part}": lab.picture(PHOTO, STYLE, style_loss="direct", style_weight=weight / part)
+        for part in WEAKER
     }
+    report.sheet("weaker", [list(made.items())])
+    judged = judgements(lab, made, style, unit=photo)
+    stretched = of_size(style, photo.shape[1:])
+    facts = {
+        name: {
+            "ssim": ssim(picture, photo),
+            "ghost": ghost(picture, photo, stretched),
+            "sliced": judged[name]["sliced"],
+        }
+        for name, picture in made.items()
+    }
+    report.numbers("weaker", facts)
+    rows = [[name, *of.values()] for name, of in facts.items()]
+    report.table("weaker", ["made with", "SSIM with the photo", "style's layout", "sliced"], rows)
+
+
+def texture(lab: Lab, loss: str, first_size_px: int) -> Tensor:
+    """Return what a style loss makes of noise, with no content at all."""
+    weight = lab.style_weights(PHOTO, STYLE)[loss]
+    return lab.picture(
+        "nothing",
+        STYLE,
+        style_loss=loss,
+        style_weight=weight,
+        content_weight=0,
+        init="noise",
+        first_size_px=first_size_px,
+    )
+
+
+def textures(lab: Lab, report: Report) -> None:
+    """Show what each loss makes of noise."""
+    style = lab.styles[STYLE]
+    made = {loss: texture(lab, loss, FIRST_SIZES_PX[0]) for loss in STYLE_LOSS_NAMES}
     report.sheet("textures", sheet_rows([("style", style)], made))
-    others = [picture for name, picture in lab.styles.items() if name != STYLE]
-    judged = judgements(lab, made, style, unit=others[0])
-    facts = {loss: {"ssim_with_style": ssim(picture, style)} for loss, picture in made.items()}
+    judged = judgements(lab, made, style, unit=next(of for name, of in lab.styles.items() if name != STYLE))
+    facts = {loss: {"ssim": ssim(of, style), "layout": layout(lab, of, style)} for loss, of in made.items()}
     report.numbers("textures", {"facts": facts, "judged": judged})
     report.table(
         "textures",
-        ["made with", "SSIM with the style picture", *STYLE_LOSS_NAMES],
-        [[loss, facts[loss]["ssim_with_style"], *(judged[loss][by] for by in STYLE_LOSS_NAMES)] for loss in made],
+        ["made with", "SSIM with the style picture", "layout", *STYLE_LOSS_NAMES],
+        [[loss, *facts[loss].values(), *(judged[loss][by] for by in STYLE_LOSS_NAMES)] for loss in made],
     )
     plot_judgements(report, "textures-judged", judged, "Textures from noise; 1 = another style")
+
+
+def beginnings(lab: Lab, report: Report) -> None:
+    """Show what the size to begin at makes of a texture."""
+    style = lab.styles[STYLE]
+    made = {
+        f"{loss} from {min(first, lab.size_px)} px": texture(lab, loss, first)
+        for loss in ("gram", "wasserstein")
+        for first in FIRST_SIZES_PX
+    }
+    report.sheet("beginnings", sheet_rows([], made))
+    judged = judgements(lab, made, style, unit=next(of for name, of in lab.styles.items() if name != STYLE))
+    facts = {
+        name: {"layout": layout(lab, of, style), "gram": judged[name]["gram"], "sliced": judged[name]["sliced"]}
+        for name, of in made.items()
+    }
+    report.numbers("beginnings", facts)
+    rows = [[name, *of.values()] for name, of in facts.items()]
+    report.table("beginnings", ["made with", "layout", "Gram", "sliced"], rows)
+
+
+def layout(lab: Lab, picture: Tensor, style: Tensor) -> float:
+    """Return how far a picture's deep features are from the style's, relative to those of the style flipped.
+
+    Position by position: 1 if the picture knows nothing of where things are in the style picture, 0 for its copy.
+    """
+    with torch.no_grad():
+        here, there = lab.features(picture)[LAYOUT_LAYER], lab.features(style)[LAYOUT_LAYER]
+        flips = [lab.features(style.flip(dims))[LAYOUT_LAYER] for dims in ((1,), (2,), (1, 2))]
+        return float(F.mse_loss(here, there)) / float(np.mean([float(F.mse_loss(here, flip)) for flip in flips]))
 
 
 def sheet_rows(first: list[tuple[str, Tensor]], made: Mapping[str, Tensor]) -> list[list[tuple[str, Tensor | None]]]:
