@@ -19,7 +19,7 @@ PHOTOS, STYLE = ("cat", "astronaut"), "strokes"
 FACTORS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6)
 SHIFTS_PX = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 LAYER, RAW = "relu4_2", "raw inner product"
-RUNAWAY_STEPS, RUNAWAY_EDGE_PX = 60, 96
+RUNAWAY_STEPS, RUNAWAY_EDGE_PX = 60, 128
 INVERSION_WEIGHT = 5.0
 
 

@@ -62,6 +62,7 @@ class Lab:
         self.photos = {name: scaled(photo, size_px) for name, photo in large_photos.items()}
         self.styles = {name: self.style(name) for name in self._large_styles}
         self._made: dict[Any, Tensor] = {}
+        self._style_weights: dict[tuple[str, str], dict[str, float]] = {}
 
     def style(self, name: str, scale: float = 1.0) -> Tensor:
         """Return a style picture whose longer edge is `scale` of the results'."""
@@ -81,10 +82,12 @@ class Lab:
 
         How hard is the norm of the gradient of the style term alone, with respect to the picture.
         """
-        with torch.no_grad():
-            losses = style_losses(self.features(self.styles[style]))
-        pulls = {name: self._pull(loss, self.photos[photo]) for name, loss in losses.items()}
-        return ratios(StyleLoss.WASSERSTEIN, pulls)
+        if (photo, style) not in self._style_weights:
+            with torch.no_grad():
+                losses = style_losses(self.features(self.styles[style]))
+            pulls = {name: self._pull(loss, self.photos[photo]) for name, loss in losses.items()}
+            self._style_weights[photo, style] = ratios(StyleLoss.WASSERSTEIN, pulls)
+        return self._style_weights[photo, style]
 
     def content_weights(self, photo: str, picture: Tensor) -> dict[str, float]:
         """Return content loss → the weight with which it pulls as hard at `picture` as squared error does with 1."""

@@ -102,7 +102,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Tensor | None]]]) -> Image.
     size = (columns * (width + GAP_PX) + GAP_PX, sum(heights) + len(rows) * (CAPTION_PX + GAP_PX) + GAP_PX)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
+    font = ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
     top = GAP_PX
     for row, height in zip(rows, heights, strict=True):
         for column, (caption, picture) in enumerate(row):

@@ -31,7 +31,7 @@ def every_style_loss(lab: Lab, report: Report) -> None:
         weights = lab.style_weights(PHOTO, style)
         made = {loss: lab.picture(PHOTO, style, style_loss=loss, style_weight=w) for loss, w in weights.items()}
         sheet.append([(style, lab.styles[style]), *made.items()])
-        facts[style] = {loss: judged(lab, picture, photo, style) for loss, picture in made.items()}
+        facts[style] = {loss: judged(lab, picture, photo, lab.styles[style]) for loss, picture in made.items()}
     report.sheet("style-losses", sheet)
     report.numbers("style_losses", facts)
     rows = [
@@ -45,25 +45,24 @@ def every_style_loss(lab: Lab, report: Report) -> None:
 def content_weights(lab: Lab, report: Report) -> None:
     """Make one picture for each weight of the content."""
     made = {f"{weight:g}": lab.picture(PHOTO, STYLES[0], content_weight=weight) for weight in CONTENT_WEIGHTS}
-    facts = {label: judged(lab, picture, lab.photos[PHOTO], STYLES[0]) for label, picture in made.items()}
+    facts = {label: judged(lab, picture, lab.photos[PHOTO], lab.styles[STYLES[0]]) for label, picture in made.items()}
     tabulate(report, "content-weights", "content weight", facts)
     report.sheet("content-weights", [[(f"content weight {name}", picture) for name, picture in made.items()]])
 
 
 def scales(lab: Lab, report: Report) -> None:
     """Make one picture for each size of the style and each size to begin at."""
-    made, sheet = {}, []
+    facts, sheet = {}, []
     for scale in STYLE_SCALES:
-        row = []
+        style, row = lab.style(STYLES[1], scale), []
         for first in FIRST_SIZES_PX:
             given: dict[str, Any] = {"style_scale": scale, "first_size_px": first}
             picture = lab.picture(PHOTO, STYLES[1], **given)
             name = f"style × {scale:g}, from {min(first, lab.size_px)} px"
-            made[name] = picture
+            facts[name] = judged(lab, picture, lab.photos[PHOTO], style)
             row.append((name, picture))
         sheet.append(row)
     report.sheet("scales", sheet)
-    facts = {label: judged(lab, picture, lab.photos[PHOTO], STYLES[1]) for label, picture in made.items()}
     tabulate(report, "scales", "scales", facts)
 
 
@@ -74,10 +73,10 @@ def tabulate(report: Report, name: str, head: str, facts: Mapping[str, Mapping[s
     report.table(name, [head, "Wasserstein", "sliced", "SSIM", "edges"], rows)
 
 
-def judged(lab: Lab, picture: Tensor, photo: Tensor, style: str) -> dict[str, float]:
+def judged(lab: Lab, picture: Tensor, photo: Tensor, style: Tensor) -> dict[str, float]:
     """Return a picture's distance from the style, 1 = the photo's, by two losses, and what is left of the photo."""
     with torch.no_grad():
-        losses = style_losses(lab.features(lab.styles[style]), ["wasserstein", "sliced"])
+        losses = style_losses(lab.features(style), ["wasserstein", "sliced"])
         here, before = lab.features(picture), lab.features(photo)
         found = {name: float(loss(here)) / float(loss(before)) for name, loss in losses.items()}
     return {**found, "ssim": ssim(picture, photo), "edges": edge_agreement(picture, photo)}

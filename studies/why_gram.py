@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from studies.report import Report, curves, figure, heatmap
 PHOTO, STYLE = "cat", "strokes"
 WEAKER = (4, 16, 64)
 FIRST_SIZES_PX = (64, 128, 4096)
+TEXTURE: Mapping[str, Any] = {"content_weight": 0, "init": "noise", "first_size_px": FIRST_SIZES_PX[0]}
+"""Options of a picture made of noise and a style alone."""
 LAYOUT_LAYER = "relu4_1"
 SHIFTS_PX = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 RESPONSE_SCALE = 1.5
@@ -29,6 +32,7 @@ def run(lab: Lab, report: Report) -> None:
     responses(lab, report)
     stylized(lab, report)
     weaker(lab, report)
+    stronger(lab, report)
     textures(lab, report)
     beginnings(lab, report)
 
@@ -204,18 +208,45 @@ def weaker(lab: Lab, report: Report) -> None:
     report.table("weaker", ["made with", "SSIM with the photo", "style's layout", "sliced"], rows)
 
 
+def stronger(lab: Lab, report: Report) -> None:
+    """Show whether more weight or more iterations bring Gram matrices to where Wasserstein is."""
+    photo, style = lab.photos[PHOTO], lab.styles[STYLE]
+    weights = lab.style_weights(PHOTO, STYLE)
+    choices = {
+        "gram": {"style_loss": "gram", "style_weight": weights["gram"]},
+        "gram, 10 × the weight": {"style_loss": "gram", "style_weight": 10 * weights["gram"]},
+        "gram, 3 × the iterations": {
+            "style_loss": "gram",
+            "style_weight": weights["gram"],
+            "iterations": 3 * lab.iterations,
+        },
+        "wasserstein": {"style_loss": "wasserstein", "style_weight": weights["wasserstein"]},
+    }
+    stylized = {name: lab.picture(PHOTO, STYLE, **given) for name, given in choices.items()}
+    from_noise = {name: lab.picture("nothing", STYLE, **TEXTURE, **given) for name, given in choices.items()}
+    report.sheet("stronger", [list(stylized.items()), list(from_noise.items())])
+    other = next(of for name, of in lab.styles.items() if name != STYLE)
+    photos = judgements(lab, stylized, style, unit=photo)
+    noises = judgements(lab, from_noise, style, unit=other)
+    facts = {
+        name: {
+            "photo_gram": photos[name]["gram"],
+            "photo_sliced": photos[name]["sliced"],
+            "photo_ssim": ssim(stylized[name], photo),
+            "noise_gram": noises[name]["gram"],
+            "noise_sliced": noises[name]["sliced"],
+        }
+        for name in choices
+    }
+    report.numbers("stronger", facts)
+    head = ["made with", "cat: Gram", "cat: sliced", "cat: SSIM", "from noise: Gram", "from noise: sliced"]
+    report.table("stronger", head, [[name, *of.values()] for name, of in facts.items()])
+
+
 def texture(lab: Lab, loss: str, first_size_px: int) -> Tensor:
     """Return what a style loss makes of noise, with no content at all."""
-    weight = lab.style_weights(PHOTO, STYLE)[loss]
-    return lab.picture(
-        "nothing",
-        STYLE,
-        style_loss=loss,
-        style_weight=weight,
-        content_weight=0,
-        init="noise",
-        first_size_px=first_size_px,
-    )
+    given = {**TEXTURE, "first_size_px": first_size_px}
+    return lab.picture("nothing", STYLE, style_loss=loss, style_weight=lab.style_weights(PHOTO, STYLE)[loss], **given)
 
 
 def textures(lab: Lab, report: Report) -> None:
@@ -237,13 +268,15 @@ def textures(lab: Lab, report: Report) -> None:
 def beginnings(lab: Lab, report: Report) -> None:
     """Show what the size to begin at makes of a texture."""
     style = lab.styles[STYLE]
+    other = next(name for name in lab.styles if name != STYLE)
     made = {
         f"{loss} from {min(first, lab.size_px)} px": texture(lab, loss, first)
         for loss in ("gram", "wasserstein")
         for first in FIRST_SIZES_PX
     }
     report.sheet("beginnings", sheet_rows([], made))
-    judged = judgements(lab, made, style, unit=next(of for name, of in lab.styles.items() if name != STYLE))
+    made[f"nothing: {other}, another style"] = lab.styles[other]
+    judged = judgements(lab, made, style, unit=lab.styles[other])
     facts = {
         name: {"layout": layout(lab, of, style), "gram": judged[name]["gram"], "sliced": judged[name]["sliced"]}
         for name, of in made.items()
