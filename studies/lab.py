@@ -61,7 +61,7 @@ class Lab:
         large_photos = photos or {name: read(skimage_photo(file)) for name, file in PHOTOS.items()}
         self.photos = {name: scaled(photo, size_px) for name, photo in large_photos.items()}
         self.styles = {name: self.style(name) for name in self._large_styles}
-        self._made: dict[Any, Tensor] = {}
+        self._made: dict[tuple[str, str, str], Tensor] = {}
         self._style_weights: dict[tuple[str, str], dict[str, float]] = {}
 
     def style(self, name: str, scale: float = 1.0) -> Tensor:
@@ -106,7 +106,7 @@ class Lab:
         The same request is answered once.
         """
         options = self.options(**given)
-        key = (content, style, *sorted((name, str(value)) for name, value in given.items()))
+        key = (content, style, repr(options))
         if key not in self._made:
             print(f"  {content} + {style} {given}", file=sys.stderr, flush=True)
             gray = torch.full_like(self.styles[style], 0.5)
