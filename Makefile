@@ -7,7 +7,7 @@ export PYTHON
 export GOMP_SPINCOUNT ?= 1000
 PROJECT_FILES := pyproject.toml proto/generate.py $(wildcard proto/nst/v1/*.proto)
 
-.PHONY: demo test check unit node format bench baseline clean
+.PHONY: demo test check unit node format bench baseline studies clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/python samples/demo.py
@@ -36,6 +36,10 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/run.py
+
+# The pictures, plots and numbers of docs/studies; STUDIES="--size 128" looks faster.
+studies: $(VENV)/dev.stamp
+	$(BIN)/python -m studies $(STUDIES)
 
 # Accept the contract as it is now: what `buf breaking` compares with from here on.
 baseline: $(VENV)/dev.stamp
