@@ -87,7 +87,7 @@ test('the server describes every option', async () => {
   assert.equal(size?.name, 'size_px');
   assert.equal(size?.type, 'integer');
   assert.ok(typeof size?.defaultValue === 'number' && size.minimum! <= size.defaultValue && size.unit === 'px');
-  assert.deepEqual(described.get('init')?.choices, ['content', 'noise']);
+  assert.deepEqual(described.get('init')?.choices, ['content', 'noise', 'gray', 'style_statistics', 'image']);
   assert.equal(typeof described.get('styleLayers')?.defaultValue, 'object');
 });
 
