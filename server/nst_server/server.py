@@ -82,6 +82,10 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * 1024 * 1024),
                 ("grpc.so_reuseport", 0),
+                # gRPC would widen each call's window with the link, and so receive much of what is refused: 256 KiB
+                # are 2.5 MB/s at a round trip of 100 ms.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", 256 * 1024),
                 ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
                 # The question waits behind unread pictures, so its answer may take as long as a write may.
                 ("grpc.keepalive_timeout_ms", round(settings.write_timeout_s * 1000)),
