@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nst_model.margin import mirrored, trimmed
+
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
 EPSILON = 1e-8
 
@@ -55,15 +57,17 @@ class Adam:
         square = self._square / (1 - SQUARE_DECAY**self._steps)
         self.x = (self.x - self._learning_rate * mean / (square.sqrt() + EPSILON)).clamp(0, 1)
 
-    def carried(self, start: Tensor) -> Adam:
+    def carried(self, start: Tensor, margin_px: int = 0) -> Adam:
         """Return an optimizer that goes on at another size, (1, 3, H, W), from `start`, with this one's moments.
 
-        The moments count gradients, and those of a picture of n pixels are as 1/n.
+        The moments count gradients, and those of a picture of n pixels are as 1/n. A margin stays as wide as it is.
         """
         other = Adam(start, self._given_rate)
         finer = self.x.numel() / start.numel()
-        size = list(start.shape[2:])
-        other._mean = F.interpolate(self._mean, size=size, mode="bicubic", antialias=True) * finer
-        other._square = F.interpolate(self._square, size=size, mode="bilinear", antialias=True).clamp_min(0) * finer**2
+        size = [length - 2 * margin_px for length in start.shape[2:]]
+        mean = F.interpolate(trimmed(self._mean, margin_px), size=size, mode="bicubic", antialias=True)
+        square = F.interpolate(trimmed(self._square, margin_px), size=size, mode="bilinear", antialias=True)
+        other._mean = mirrored(mean, margin_px) * finer
+        other._square = mirrored(square, margin_px).clamp_min(0) * finer**2
         other._steps = self._steps
         return other

@@ -184,7 +184,7 @@ class Descent:
 
     def _optimizer_for(self, start: Tensor, budget: int) -> LBFGS | Adam:
         if isinstance(self._optimizer, Adam) and self._options.optimizer is Optimizer.ADAM:
-            return self._optimizer.carried(start)
+            return self._optimizer.carried(start, self._options.margin_px)
         if self._options.optimizer is Optimizer.ADAM:
             return Adam(start, self._options.learning_rate)
         return LBFGS(start, min(self._options.history, budget))

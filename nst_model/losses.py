@@ -62,7 +62,8 @@ def square_roots(matrix: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
     """Return the square root of a positive semidefinite matrix (C, C), and the inverse of that root.
 
     By the coupled Newton–Schulz iteration (Higham, 2008, eq. 6.35): products only, fast on a GPU. Eigenvalues below
-    some 1e-4 of the largest are not converged: their roots come out too small, their inverses too, which tames them.
+    some 1e-4 of the largest are not converged: their roots come out too small, their inverses too. That is wanted. With
+    20 steps in place of 12, pictures come no nearer to the style by an exact measure, and have more specks.
     """
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     norm = torch.linalg.vector_norm(matrix) + 1e-8
@@ -166,7 +167,8 @@ class MeanStdLoss(nn.Module):
 class WassersteinLoss(nn.Module):
     """Squared Wasserstein-2 distance between Gaussians of the features' means and covariances, divided by C.
 
-    ‖m - m'‖² + tr(K + K' - 2 (K'^½ K K'^½)^½) (Dowson and Landau, 1982); as style loss by Crowson (2021).
+    ‖m - m'‖² + tr(K + K' - 2 (K'^½ K K'^½)^½) (Dowson and Landau, 1982); as style loss by Crowson (2021). A little above
+    0 even where it should be 0, by what `square_roots` leaves unconverged.
     """
 
     mean: Tensor

@@ -133,7 +133,7 @@ def build_trunk(
                 tapped=convolution.layer in wanted,
                 pooled=convolution.pooled,
                 pooling=pooling.value,
-                padding=0 if padding is Padding.REPLICATE and not stages else 1,
+                padding=1 if padding is Padding.ZEROS or stages else 0,
             )
         )
         below = here
@@ -144,6 +144,6 @@ def build_trunk(
         stages,
         weights.mean.to(device).view(1, 3, 1, 1),
         bf16=precision is Precision.BF16,
-        replicate=padding is Padding.REPLICATE,
+        replicate=padding is not Padding.ZEROS,
     )
     return trunk.eval()

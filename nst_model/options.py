@@ -18,6 +18,8 @@ from nst_model.errors import InvalidOption
 
 MAX_WEIGHT = 1e9
 MAX_LIST = 100
+MARGIN_PX = 16
+"""Width of the margin of Padding.MIRROR."""
 
 
 class Preset(StrEnum):
@@ -85,10 +87,11 @@ class TvNorm(StrEnum):
 
 
 class Padding(StrEnum):
-    """What lies beyond the picture's edge, for the first convolution."""
+    """What lies beyond the picture's edge."""
 
     ZEROS = "zeros"
     REPLICATE = "replicate"
+    MIRROR = "mirror"
 
 
 class Pooling(StrEnum):
@@ -148,7 +151,7 @@ class StylizeOptions:
     iterations: int = _option(
         20, "Iterations of the optimizer at each scale, each one evaluation of the loss and its gradient.", 1, 10_000
     )
-    content_weight: float = _option(0.05, "Weight of the content loss.", 0, MAX_WEIGHT)
+    content_weight: float = _option(0.025, "Weight of the content loss.", 0, MAX_WEIGHT)
     style_weight: float = _option(1.0, "Weight of the style loss.", 0, MAX_WEIGHT)
     content_layers: LayerWeights = _option({"relu4_2": 1.0}, "Layers that the content is compared at.", 0, MAX_WEIGHT)
     style_layers: LayerWeights = _option(FINE_LAYERS, "Layers that the style is compared at.", 0, MAX_WEIGHT)
@@ -164,8 +167,8 @@ class StylizeOptions:
     first_size_px: int = _option(
         128, "Smallest longer edge to begin at; sizes grow by √2 from there to size_px.", 16, 4096, "px"
     )
-    tv_weight: float = _option(2.0, "Weight of the total variation: how smooth the picture is.", 0, MAX_WEIGHT)
-    padding: Padding = _option(Padding.REPLICATE, "What lies beyond the picture's edge, for the first convolution.")
+    tv_weight: float = _option(20.0, "Weight of the total variation: how smooth the picture is.", 0, MAX_WEIGHT)
+    padding: Padding = _option(Padding.MIRROR, "What lies beyond the picture's edge.")
     scale_iterations: tuple[int, ...] = _option(
         (),
         "Iterations at each scale from the coarsest on, in place of `iterations`; the last serves those left.",
@@ -196,6 +199,11 @@ class StylizeOptions:
             object.__setattr__(self, option.name, value)
         if self.content_weight == 0 and self.style_weight == 0:
             raise InvalidOption("style_weight", "and content_weight must not both be 0: nothing would be optimized")
+
+    @property
+    def margin_px(self) -> int:
+        """Width of what is optimized beyond each edge of the picture and then cut off."""
+        return MARGIN_PX if self.padding is Padding.MIRROR else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Read-only mappings cannot be pickled.

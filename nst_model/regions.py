@@ -30,6 +30,13 @@ def partition(masks: Sequence[Tensor], *, rest: bool) -> Tensor:
     return torch.cat((regions, (1 - total).clamp_min(0)[None])) if rest else regions
 
 
+def fitting(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Return masks (R, H, W) averaged to another height and width, on the CPU."""
+    # MPS cannot average over windows that do not divide the picture, so all that is done with masks is done here.
+    averaged: Tensor = F.interpolate(masks.cpu().float()[None], size=list(size), mode="area")[0]
+    return averaged
+
+
 def layer_weights(
     regions: Tensor, size: Sequence[int], layers: Iterable[str], architecture: Architecture
 ) -> dict[str, Tensor]:
@@ -51,7 +58,7 @@ def layer_weights(
             continue
         stride = convolution.stride_px
         positions = (max(1, size[0] // stride), max(1, size[1] // stride))
-        here = F.interpolate(regions[None], size=positions, mode="area")[0]
+        here = fitting(regions, positions)
         sight = architecture.receptive_field_px(convolution.layer) // stride // 2
         inside = F.avg_pool2d(here[None], 2 * sight + 1, stride=1, padding=sight, count_include_pad=False)[0]
         # As much as the region's own depth, where it lies deepest within itself.

@@ -24,10 +24,11 @@ from nst_model.descent import Closure, Descent, Iterate
 from nst_model.devices import deterministic, resolve_device, resolve_precision
 from nst_model.errors import InvalidImage, InvalidOption
 from nst_model.losses import Targets, mixed_targets, style_targets
+from nst_model.margin import mirrored, trimmed
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
 from nst_model.objective import Objective, interpreted, script
 from nst_model.options import Color, Init, Precision, StyleLoss, StylizeOptions, relative
-from nst_model.regions import Layout, layer_weights
+from nst_model.regions import Layout, fitting, layer_weights
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
@@ -104,12 +105,14 @@ class FeatureModel:
         """Return what the options' style loss keeps of a style, at each of their style layers."""
         _check_picture(style.picture, "style")
         layers = relative(options.style_layers)
+        picture = mirrored(style.picture.to(self.device), options.margin_px)
         weights: dict[str, Tensor] = {}
         if style.mask is not None:
-            seen = layer_weights(style.mask.cpu()[None], style.picture.shape[1:], layers, self.weights.architecture)
+            mask = mirrored(fitting(style.mask.cpu()[None], style.picture.shape[1:]), options.margin_px)
+            seen = layer_weights(mask, picture.shape[1:], layers, self.weights.architecture)
             weights = {layer: regions[0].to(self.device) for layer, regions in seen.items()}
         with torch.no_grad():
-            features = self.trunk(options)(style.picture.to(self.device)[None])
+            features = self.trunk(options)(picture[None])
             return {layer: style_targets(features[layer], options.style_loss, weights.get(layer)) for layer in layers}
 
     def objective(
@@ -206,11 +209,11 @@ def stylize(
             closure = scene.closure(edge, at_content=edge == edges[0] and options.init is Init.CONTENT, stop=stop)
             if closure is None:
                 return
-            begin = of_size(picture, scene.size(edge))
+            begin = mirrored(of_size(picture, scene.size(edge)), options.margin_px)
             after = yield from descent.scale(closure, begin[None], scene.shown)
             if after is None:
                 return
-            picture = after[0]
+            picture = trimmed(after[0], options.margin_px)
 
 
 class _Scene:
@@ -232,7 +235,7 @@ class _Scene:
         self._content = gray(self._photo) if self._luminance_only else self._photo
         self._styles = [self._recolored(style) for style in styles]
         self._layout = Layout.of(
-            [None if style.region is None else self._fitting(style.region) for style in styles],
+            [None if style.region is None else fitting(style.region[None], content.shape[1:])[0] for style in styles],
             [style.weight for style in styles],
         )
 
@@ -245,7 +248,8 @@ class _Scene:
 
         `at_content` says that the first picture will be the content.
         """
-        here = of_size(self._content, self.size(edge))
+        margin = self._options.margin_px
+        here = mirrored(of_size(self._content, self.size(edge)), margin)
         smaller = edge / max(self._content.shape[1:])
         targets = []
         for group in self._layout.members:
@@ -260,7 +264,8 @@ class _Scene:
         regions = None
         if self._layout.regions is not None:
             architecture = self._model.weights.architecture
-            found = layer_weights(self._layout.regions, here.shape[1:], objective.style_layers, architecture)
+            masks = mirrored(fitting(self._layout.regions, self.size(edge)), margin)
+            found = layer_weights(masks, here.shape[1:], objective.style_layers, architecture)
             regions = {layer: weights.to(here.device) for layer, weights in found.items()}
         return Closure(objective, None if at_content else content_targets(objective, here), regions)
 
@@ -290,15 +295,11 @@ class _Scene:
         raise AssertionError(options.init)
 
     def shown(self, picture: Tensor) -> Tensor:
-        """Return what is shown of an iterate: in luminance mode, with the photograph's chroma."""
+        """Return what is shown of an iterate: without the margin, and in luminance mode with the photograph's chroma."""
+        picture = trimmed(picture, self._options.margin_px)
         if not self._luminance_only:
             return picture
         return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
-
-    def _fitting(self, mask: Tensor) -> Tensor:
-        # On the CPU, as all that is done with masks: MPS cannot average over windows that do not divide the picture.
-        fitting: Tensor = F.interpolate(mask.cpu().float()[None, None], size=self._photo.shape[1:], mode="area")[0, 0]
-        return fitting
 
     def _recolored(self, style: Style) -> Style:
         if self._options.color is Color.STYLE:
