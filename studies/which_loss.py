@@ -13,7 +13,7 @@ from studies.measures import edge_agreement, ssim
 from studies.report import Report
 
 PHOTO, STYLES = "cat", ("strokes", "waves", "mosaic")
-CONTENT_WEIGHTS = (0.0, 0.01, 0.05, 0.2, 1.0)
+CONTENT_WEIGHTS = (0.0, 0.005, 0.025, 0.1, 0.5)
 STYLE_SCALES, FIRST_SIZES_PX = (0.5, 1.0, 2.0), (64, 128, 4096)
 
 

@@ -73,7 +73,7 @@ def test_style_masks_and_regions_have_a_margin(tiny_model: FeatureModel, picture
         [i.loss for i in nst_model.stylize(tiny_model, photo, [each], options)]
         for each in (Style(style), Style(style, region=everywhere, mask=everywhere))
     )
-    assert masked == pytest.approx(plain, rel=1e-4)
+    assert masked == pytest.approx(plain, rel=0.01)
 
 
 def test_the_edge_is_a_place_like_any_other(tiny_model: FeatureModel, picture: Picture) -> None:
