@@ -77,7 +77,7 @@ def test_style_masks_and_regions_have_a_margin(tiny_model: FeatureModel, picture
 
 
 def test_the_edge_is_a_place_like_any_other(tiny_model: FeatureModel, picture: Picture) -> None:
-    """Of noise in the style of noise: the first step is as long there as elsewhere, which it is not without a margin."""
+    """The first step is as long there as elsewhere, which it is not without a margin."""
 
     def at_edge(padding: str) -> float:
         options = StylizeOptions(padding=padding, iterations=1, first_size_px=512)
