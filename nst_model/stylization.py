@@ -398,7 +398,7 @@ class _Scene:
         raise AssertionError(options.init)
 
     def shown(self, picture: Tensor) -> Tensor:
-        """Return what is shown of an iterate: without the margin, and in luminance mode with the photograph's chroma."""
+        """Return what is shown of an iterate: without the margin, in luminance mode with the photograph's chroma."""
         picture = trimmed(picture, self.options.margin_px)
         if not self._luminance_only:
             return picture

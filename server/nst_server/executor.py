@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -17,7 +17,19 @@ from typing import Protocol
 import structlog
 
 from nst_server import messages
-from nst_server.messages import Cancelled, Done, Ending, Failed, Message, Ready, Refused, Task, WorkerConfig
+from nst_server.messages import (
+    Cancelled,
+    Done,
+    Ending,
+    Failed,
+    Message,
+    Order,
+    Ready,
+    Refused,
+    Suspended,
+    Task,
+    WorkerConfig,
+)
 
 log = structlog.get_logger()
 
@@ -44,8 +56,8 @@ class Executor(Protocol):
         `report` gets its Started, Progressed and Pictured messages on the event loop.
         """
 
-    def cancel(self, task_id: str) -> None:
-        """Make the task of that id end before its next evaluation. Does nothing if it is not being computed."""
+    def order(self, order: Order) -> None:
+        """Pass an order on to the task it is for. Does nothing if that is not being computed."""
 
 
 @dataclass
@@ -54,7 +66,8 @@ class _Running:
     report: Callable[[Message], None]
     ending: asyncio.Future[Ending]
     sent: bool = False
-    cancelled: bool = False
+    orders: list[Order] = field(default_factory=list)
+    """Those that came before the task was sent."""
 
 
 class ProcessExecutor:
@@ -106,18 +119,19 @@ class ProcessExecutor:
         try:
             await asyncio.to_thread(self._send, task)
             running.sent = True
-            if running.cancelled:
-                self._send(messages.Cancel(task.id))
+            for order in running.orders:
+                self._send(order)
             return await asyncio.shield(ending)
         finally:
             self._running = None
 
-    def cancel(self, task_id: str) -> None:
-        """End the task of that id; see Executor."""
-        if self._running is not None and self._running.task.id == task_id:
-            self._running.cancelled = True
+    def order(self, order: Order) -> None:
+        """Pass an order on; see Executor."""
+        if self._running is not None and self._running.task.id == order.id:
             if self._running.sent:
-                self._send(messages.Cancel(task_id))
+                self._send(order)
+            else:
+                self._running.orders.append(order)
 
     async def close(self) -> None:
         """End the worker process, by force if it does not follow or is still starting."""
@@ -133,7 +147,7 @@ class ProcessExecutor:
         process.kill()
         await asyncio.to_thread(process.join)
 
-    def _send(self, message: Task | messages.Cancel | messages.Shutdown) -> None:
+    def _send(self, message: Task | Order | messages.Shutdown) -> None:
         assert self._connection is not None
         with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
             self._connection.send(message)
@@ -156,7 +170,7 @@ class ProcessExecutor:
                 self._settle_ready(None)
             case Refused():
                 self._settle_ready(ExecutorUnavailable(message.message))
-            case Done() | Cancelled() | Failed():
+            case Done() | Cancelled() | Suspended() | Failed():
                 running = self._running
                 if running is not None and running.task.id == message.id and not running.ending.done():
                     running.ending.set_result(message)

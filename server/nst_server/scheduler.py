@@ -15,6 +15,7 @@ from nst_server.errors import QueueFull, Stopping
 from nst_server.executor import Executor
 from nst_server.jobs import Finished, Job, JobError
 from nst_server.messages import (
+    Cancel,
     Cancelled,
     Done,
     Ending,
@@ -86,7 +87,7 @@ class Scheduler:
         self._waiting.append(job)
         self._work.set()
         for executor, task in self._preparing.items():  # a job does not wait for what nobody waits for
-            executor.cancel(task.id)
+            executor.order(Cancel(task.id))
 
     def prepare(self, task: PrepareTask) -> None:
         """Compute Gram matrices when an executor has nothing better to do."""
@@ -102,7 +103,7 @@ class Scheduler:
             self._log_end(job)
             self._renumber()
         elif job.name in self._running:
-            self._running[job.name][1].cancel(job.name)
+            self._running[job.name][1].order(Cancel(job.name))
 
     async def stop(self, grace_s: float) -> None:
         """Take no more jobs, fail those that wait, let the running ones go on for `grace_s`, then fail them too."""
@@ -115,7 +116,7 @@ class Scheduler:
         if busy := [self._loops[executor] for _, executor in self._running.values()]:
             await asyncio.wait(busy, timeout=grace_s)
         for job, executor in list(self._running.values()):
-            executor.cancel(job.name)
+            executor.order(Cancel(job.name))
             if not job.state.terminal:
                 job.failed(STOPPING)
                 self._log_end(job)

@@ -143,9 +143,7 @@ class Worker:
         content = nst_model.from_pixels(task.content)
         targets_of = self._targets_of(model, task.styles)
         start = None if task.start is None else nst_model.from_pixels(task.start)
-        run = Stylization(
-            model, content, styles, task.options, start=start, targets_of=targets_of, stop=control.stop
-        )
+        run = Stylization(model, content, styles, task.options, start=start, targets_of=targets_of, stop=control.stop)
         if task.checkpoint is not None:
             self._take_up(run, task.checkpoint, clock)
         reason, latest = "", -1
@@ -311,7 +309,7 @@ class Control:
 
 
 class _Keeper(threading.Thread):
-    """Writes checkpoints while the next iterations are computed, as often as costs less than a hundredth of the time."""
+    """Writes checkpoints while the next iterations are computed; costs less than a hundredth of the time."""
 
     def __init__(self, blobs: Blobs | None, interval_s: float, sender: _Sender) -> None:
         super().__init__(daemon=True, name="keeper")

@@ -15,11 +15,13 @@ from nst_server.errors import QueueFull, Stopping
 from nst_server.images import Encoding, ImageFormat
 from nst_server.jobs import Job, JobSpec, JobState
 from nst_server.messages import (
+    Cancel,
     Cancelled,
     Done,
     Ending,
     Failed,
     Message,
+    Order,
     Pictured,
     PrepareTask,
     Progressed,
@@ -55,9 +57,10 @@ class Held:
         self.report = report
         return await self._ending
 
-    def cancel(self, task_id: str) -> None:
+    def order(self, order: Order) -> None:
         """Remember it."""
-        self.cancelled.append(task_id)
+        assert isinstance(order, Cancel)
+        self.cancelled.append(order.id)
 
     def end(self, ending: Ending | Exception) -> None:
         """End the current task."""
