@@ -83,7 +83,7 @@ class LBFGS:
         self._loss = math.inf
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what `restore` needs to go on exactly, after a step: tensors (kept as they are) and, for JSON, the rest.
+        """Return what `restore` needs to go on exactly, after a step: tensors, never modified, and numbers for JSON.
 
         x of `start`'s shape; pairs (rows in use, 2, n); sy and yy (m, m), float64; g (n,), absent after `restart`.
         """
