@@ -33,12 +33,12 @@ def postgresql_program(name: str) -> str:
     found = [str(file) for file in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))]
     if program := shutil.which(name) or (found and found[-1]):
         return program
-    pytest.fail("PostgreSQL is missing; on Debian: apt-get update && apt-get install -y --no-install-recommends postgresql")
+    pytest.fail("PostgreSQL is missing; on Debian: apt-get update && apt-get install -y postgresql")
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Callable[[str], None]]:
-    """A PostgreSQL on a Unix socket of its own; what runs SQL in it. It refuses to run as root, and so runs as postgres."""
+    """A PostgreSQL on a Unix socket of its own; what runs SQL in it. As root it would refuse to run."""
     folder = Path(tempfile.mkdtemp(prefix="nst-", dir="/tmp"))
     if ROOT:
         shutil.chown(folder, "postgres")
@@ -54,7 +54,9 @@ def postgresql() -> Iterator[Callable[[str], None]]:
 
     options = f"-k {folder} -c listen_addresses= -c max_connections=200 -c shared_buffers=16MB -c fsync=off"
     try:
-        run("initdb", "-D", f"{folder}/data", "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8", "--no-locale")
+        run(
+            "initdb", "-D", f"{folder}/data", "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8", "--no-locale"
+        )
         run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
         try:
             sql.folder = folder  # type: ignore[attr-defined]
@@ -104,7 +106,9 @@ async def store(where: Path | str) -> AsyncIterator[JobStore]:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """An S3 endpoint with an empty bucket; its URL. Whatever opens a bucket's URL finds it."""
-    with subprocess.Popen([sys.executable, "-c", ENDPOINT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDPOINT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdin and server.stdout
         endpoint = f"http://127.0.0.1:{int(server.stdout.readline())}"
         with pytest.MonkeyPatch.context() as patch:
