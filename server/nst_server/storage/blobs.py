@@ -27,7 +27,7 @@ from nst_server.errors import NotFound, StorageDamaged
 from nst_server.storage.faults import refused
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore.store import ObjectStore, RetryConfig
 
 MEMORY = ":memory:"
 
@@ -37,7 +37,6 @@ UNFINISHED = re.compile(r".+#\d+")
 
 SCHEMES = ("s3://", "gs://", "az://", "file://")
 
-CLIENT: ClientConfig = {"connect_timeout": "5s", "timeout": "60s"}
 RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 
 
@@ -81,7 +80,7 @@ class Blobs:
             return cls.open(Path(where.removeprefix("file://")))
         if not where.startswith(SCHEMES):
             raise ValueError(f"blobs are in a folder or at s3://…, gs://… or az://…, not at {where!r}")
-        return cls(from_url(where, client_options=CLIENT, retry_config=RETRIES), where)
+        return cls(from_url(where, retry_config=RETRIES), where)
 
     async def put(self, data: bytes) -> str:
         """Keep bytes and return their SHA-256. Kept ones are written again, which mends damage."""

@@ -88,7 +88,8 @@ class JobStore:
         StorageDamaged, ModuleNotFoundError if PostgreSQL's driver is not installed, ValueError for a malformed URL.
         """
         url = _url(where)
-        place = f"the database {url.database or MEMORY if _is_sqlite(url) else url.render_as_string()}"
+        shown = url.set(drivername=url.get_backend_name()).render_as_string()  # without the password
+        place = f"the database {url.database or MEMORY if _is_sqlite(url) else shown}"
         with refused(place):
             if _is_sqlite(url) and url.database:
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -204,13 +205,16 @@ class JobStore:
             failures: list[Exception | None] = [None] * len(batches)
             # Whoever locks several jobs locks them in the same order.
             for index in sorted(range(len(batches)), key=lambda index: batches[index].id):
+                savepoint = connection.begin_nested()
                 try:
-                    with connection.begin_nested():
-                        _append(connection, batches[index])
+                    _append(connection, batches[index])
                 except Exception as error:
                     if refusal(error, self._place):  # the storage failed, and so has everything
                         raise
+                    savepoint.rollback()
                     failures[index] = error
+                else:
+                    savepoint.commit()
             return failures
 
         return await self._write(work) if batches else []
@@ -511,7 +515,9 @@ def _migrate(connection: Connection) -> None:
     """Check the database and bring its schema up to date."""
     if connection.dialect.name == "sqlite":
         if (found := connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()) != "ok":
-            raise StorageDamaged(f"the database {connection.engine.url.database} is damaged: {found}")
+            raise StorageDamaged(
+                f"the database {connection.engine.url.database} is damaged: {' '.join(str(found).split())}"
+            )
     else:
         connection.execute(select(func.pg_advisory_xact_lock(MIGRATING)))
     config = Config()

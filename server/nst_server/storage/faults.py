@@ -21,8 +21,8 @@ OS = {
     errno.EACCES: StorageReadOnly,
     errno.EPERM: StorageReadOnly,
     errno.ENOTDIR: StorageReadOnly,
+    errno.EEXIST: StorageReadOnly,  # a file in a folder's place
     errno.EIO: StorageDamaged,
-    errno.ENOENT: StorageUnavailable,
 }
 """By errno."""
 
@@ -118,7 +118,7 @@ def _kind(error: BaseException) -> type[RequestError] | None:
     elif isinstance(error, BaseError):
         number = re.search(r"\(os error (\d+)\)", str(error))
         kind = OS.get(int(number[1])) if number else StorageUnavailable
-    elif isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+    elif isinstance(error, ConnectionError | TimeoutError | FileNotFoundError | socket.gaierror):
         kind = StorageUnavailable
     elif isinstance(error, OSError):
         kind = OS.get(error.errno or 0)
