@@ -13,6 +13,7 @@ RequestError
 ├── StorageDamaged       what is stored is not what was written
 ├── StorageUnavailable   the database or the object store does not answer
 ├── Unread               the caller left its stream unread for too long
+├── Moved                another server has taken a job over
 ├── Internal             something nobody foresaw
 └── Stopping             the server is about to stop
 """
@@ -124,6 +125,12 @@ class Unread(RequestError):
     """The caller left its stream unread for too long."""
 
     reason = "STREAM_UNREAD"
+
+
+class Moved(RequestError):
+    """Another server has taken a job over; watch it there."""
+
+    reason = "JOB_MOVED"
 
 
 class Stopping(RequestError):

@@ -206,8 +206,8 @@ class Archive(Protocol):
 class Job:
     """One job: its state, its log, and who watches it. Changed on the event loop only, by the scheduler.
 
-    What happens is appended to the archive first, and shown to watchers and callers when it is durable there: nobody has
-    heard of what a crash could undo.
+    What happens is appended to the archive first, and shown to watchers and callers when it is durable there:
+    nobody has heard of what a crash could undo.
 
     Args:
         snapshot: the job as it is in the archive.
@@ -216,13 +216,18 @@ class Job:
         alpha: of the result and its previews.
 
     Attributes:
+        finishing: whether its caller said that the best picture so far is enough.
         checkpoint: where a worker can go on from.
         owner: who may write to the archive; with `attempt` it is the fence.
     """
 
-    def __init__(self, snapshot: JobSnapshot, archive: Archive, spec: JobSpec | None = None) -> None:
+    def __init__(
+        self, snapshot: JobSnapshot, archive: Archive, spec: JobSpec | None = None, *, caller: str = ""
+    ) -> None:
         self.name = snapshot.name
+        self.caller = caller
         self.spec = spec
+        self.finishing = False
         self.checkpoint: Checkpoint | None = None
         self.owner = ""
         self._archive = archive
@@ -290,10 +295,12 @@ class Job:
     def paused(self) -> None:
         """Note that the job waits until its caller wants it to go on."""
         self._enter(JobState.PAUSED, device="", precision="")
+        self.owner = ""
 
     def queued(self) -> None:
         """Note that the job waits for a device again."""
         self._enter(JobState.QUEUED, device="", precision="")
+        self.owner = ""
 
     def moved(self, queue_position: int) -> None:
         """Note that the queue moved on."""
@@ -318,7 +325,9 @@ class Job:
         loss = done.loss if math.isfinite(done.loss) else None  # JSON has no other numbers
         return {**self.spec.parameters, "loss": loss, "iteration": done.iteration, "stop_reason": done.stop_reason}
 
-    async def watch(self, preview: PreviewSpec, after: int = 0, heartbeat_s: float = HEARTBEAT_S) -> AsyncGenerator[Event]:
+    async def watch(
+        self, preview: PreviewSpec, after: int = 0, heartbeat_s: float = HEARTBEAT_S
+    ) -> AsyncGenerator[Event]:
         """Yield a snapshot, then every event after a number, and pictures as they come; ends after the terminal event.
 
         The log is read at the watcher's own pace, and the picture's slot holds the newest only: a slow watcher costs

@@ -1,4 +1,4 @@
-"""The queue: which job runs on which executor, and when. First come, first served; bounded."""
+"""The queue: which job runs on which executor, and when. Fair between callers; bounded."""
 
 from __future__ import annotations
 
@@ -6,28 +6,39 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import structlog
 
+from nst_model import StylizeOptions
 from nst_server import images
-from nst_server.errors import QueueFull, Stopping
+from nst_server.errors import QueueFull, RequestError, Stopping
 from nst_server.executor import Executor
-from nst_server.jobs import Finished, Job, JobError
+from nst_server.images import EncodedImage, ImageFormat
+from nst_server.jobs import Job, JobError, JobState, StoredResult
 from nst_server.messages import (
     Cancel,
     Cancelled,
+    Checkpoint,
     Done,
     Ending,
     Failed,
+    Finish,
+    Kept,
     Message,
     Pictured,
     PrepareTask,
     Progressed,
     Started,
+    Steer,
+    Steered,
     StylizeTask,
+    Suspend,
+    Suspended,
     Task,
 )
+from nst_server.waiting import Waiting
 
 log = structlog.get_logger()
 
@@ -37,23 +48,58 @@ TYPICAL_JOB_S = 30.0
 MAX_PREPARATIONS = 64
 """Style images that may wait to be prepared, each of about a megabyte; four styles of the largest kind."""
 
-STOPPING = JobError("SERVER_STOPPING", "the server stopped before the job was done; try again in a moment")
+MAX_DEATHS = 3
+"""Workers that may die of one job, one after the other without a checkpoint in between, before it has failed."""
+
+SUSPEND_S = 5.0
+"""Of the grace at a stop: how long workers get to keep the state of what they compute, seconds."""
+
+STOPPING = Stopping("the server is stopping and takes no more jobs")
+
+MEDIA_TYPES = {
+    ImageFormat.JPEG: "image/jpeg",
+    ImageFormat.PNG: "image/png",
+    ImageFormat.WEBP: "image/webp",
+    ImageFormat.TIFF: "image/tiff",
+}
+
+
+class Keeping(Protocol):
+    """What the scheduler needs of the ledger."""
+
+    async def lease(self, job: Job) -> bool:
+        """Take a waiting job; return False if it waits no more."""
+
+    async def keep_result(self, image: EncodedImage, media_type: str) -> None:
+        """Keep a result's file."""
+
+    def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
+        """Note a job's newest checkpoint."""
+
+    def drop_checkpoints(self, job: Job) -> None:
+        """Remove all that was kept of a job on the way."""
 
 
 class Scheduler:
-    """Hands jobs to executors.
+    """Hands jobs to executors, and takes up those that were broken off.
 
     Args:
         queue_size: jobs that may wait; 0 accepts one only when an executor is free.
+        ledger: where jobs are kept.
+        load: makes the spec of a job that has none out of its stored request.
     """
 
-    def __init__(self, queue_size: int) -> None:
+    def __init__(self, queue_size: int, ledger: Keeping, load: Callable[[Job], Awaitable[None]]) -> None:
+        self._ledger = ledger
+        self._load = load
         self._queue_size = queue_size
-        self._waiting: collections.deque[Job] = collections.deque()
+        self._waiting: Waiting[Job] = Waiting()
         self._preparations: collections.deque[PrepareTask] = collections.deque()
         self._preparing: dict[Executor, PrepareTask] = {}
         self._reserved = 0
         self._running: dict[str, tuple[Job, Executor]] = {}
+        self._wanted: dict[str, JobState] = {}  # what a suspended job is to become
+        self._deaths: collections.Counter[str] = collections.Counter()
         self._work = asyncio.Event()
         self._loops: dict[Executor, asyncio.Task[None]] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -68,23 +114,23 @@ class Scheduler:
     def place(self) -> Iterator[None]:
         """Hold a place in the queue for a job, within the block that submits it. Raises QueueFull or Stopping."""
         if self._stopping:
-            raise Stopping("the server is stopping and takes no more jobs")
+            raise STOPPING
         free = max(0, len(self._loops) - len(self._running))
         taken = len(self._waiting) + self._reserved
         if taken >= self._queue_size + free:
-            raise QueueFull(taken, self._typical_s * (taken + 1) / max(1, len(self._loops)))
+            raise QueueFull(taken, self._wait_s(taken + 1))
         self._reserved += 1
         try:
             yield
         finally:
             self._reserved -= 1
 
-    def submit(self, job: Job) -> None:
-        """Queue a job for which `place` is held."""
+    def submit(self, job: Job, *, first: bool = False) -> None:
+        """Queue a job: a new one, for which `place` is held, or one that goes on, before its caller's others."""
         if self._stopping:
-            raise Stopping("the server is stopping and takes no more jobs")
-        job.queue_position = len(self._waiting)
-        self._waiting.append(job)
+            raise STOPPING
+        self._waiting.add(job.caller, job, first=first)
+        self._renumber()
         self._work.set()
         for executor, task in self._preparing.items():  # a job does not wait for what nobody waits for
             executor.order(Cancel(task.id))
@@ -97,38 +143,74 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """End a job; does nothing if it has ended."""
-        if job in self._waiting:
-            self._waiting.remove(job)
-            job.cancelled()
-            self._log_end(job)
-            self._renumber()
-        elif job.name in self._running:
+        if job.name in self._running:
             self._running[job.name][1].order(Cancel(job.name))
+        elif not job.state.terminal:
+            self._leave(job)
+            job.cancelled()
+            self._ended(job)
+
+    def pause(self, job: Job) -> None:
+        """Let a job wait without a device until `resume`; does nothing if it has ended."""
+        if job.name in self._running:
+            self._wanted[job.name] = JobState.PAUSED
+            self._running[job.name][1].order(Suspend(job.name))
+        elif job.state is JobState.QUEUED:
+            self._leave(job)
+            job.paused()
+
+    def resume(self, job: Job) -> None:
+        """Queue a paused job again; does nothing to any other, but what is about to be paused goes on after that."""
+        if job.name in self._running:
+            self._wanted.pop(job.name, None)
+        elif job.state is JobState.PAUSED:
+            job.queued()
+            self.submit(job)
+
+    def finish(self, job: Job) -> None:
+        """End a job with the best picture so far; one that has made none yet begins, and ends at once."""
+        job.finishing = True
+        if job.name in self._running:
+            self._running[job.name][1].order(Finish(job.name))
+        else:
+            self.resume(job)
+
+    def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> None:
+        """Let a job go on with other options, checked by the caller."""
+        if job.name in self._running:
+            self._running[job.name][1].order(Steer(job.name, changes))
+        else:
+            job.steered(options)
+
+    def estimated_start_s(self, job: Job) -> float | None:
+        """Return in how many seconds a waiting job will probably get a device; None if it does not wait."""
+        return self._wait_s(job.now.queue_position + 1) if job in self._waiting else None
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more jobs, fail those that wait, let the running ones go on for `grace_s`, then fail them too."""
+        """Take no more jobs and keep the state of those that run, if they do not end by themselves within `grace_s`.
+
+        What has not ended is queued in the ledger then, for the next server.
+        """
         self._stopping = True
-        while self._waiting:
-            job = self._waiting.popleft()
-            job.failed(STOPPING)
-            self._log_end(job)
         # Not the loops that wait for a worker or prepare a style: nobody waits for what they do.
         if busy := [self._loops[executor] for _, executor in self._running.values()]:
-            await asyncio.wait(busy, timeout=grace_s)
-        for job, executor in list(self._running.values()):
-            executor.order(Cancel(job.name))
-            if not job.state.terminal:
-                job.failed(STOPPING)
-                self._log_end(job)
+            await asyncio.wait(busy, timeout=max(0, grace_s - SUSPEND_S))
+        for job, executor in self._running.values():
+            executor.order(Suspend(job.name))
+        if busy := [self._loops[executor] for _, executor in self._running.values()]:
+            await asyncio.wait(busy, timeout=min(grace_s, SUSPEND_S))
         for loop in self._loops.values():
             loop.cancel()
         await asyncio.gather(*self._loops.values(), *self._endings, return_exceptions=True)
+        for job, _ in self._running.values():  # its worker did not answer: the last checkpoint must do
+            job.queued()
+        self._running.clear()
 
     async def _serve(self, executor: Executor) -> None:
         while not self._stopping:
             await executor.ready()
             if self._waiting:
-                await self._run(self._waiting.popleft(), executor)
+                await self._run(self._waiting.take(), executor)
             elif self._preparations:
                 await self._prepare(self._preparations.popleft(), executor)
             else:
@@ -150,68 +232,128 @@ class Scheduler:
         self._running[job.name] = (job, executor)
         self._renumber()
         began = time.monotonic()
-        spec = job.spec
-        task = StylizeTask(
-            id=job.name,
-            model=spec.model,
-            content=spec.content,
-            styles=spec.styles,
-            options=spec.options,
-            frame_interval=spec.preview_interval,
-            start=spec.start,
-            bit_depth=spec.output.bit_depth,
-        )
         try:
-            ending = await _ending(executor, task, lambda message: _note(job, message, executor.device))
-        finally:
-            del self._running[job.name]
+            task = await self._task(job)
+            ending = None if task is None else await _ending(executor, task, lambda m: self._note(job, m, executor))
+        except RequestError as error:
+            ending = Failed(job.name, error.reason, str(error))
+        if not self._stopping or ending is not None:
+            self._running.pop(job.name, None)
+        if ending is None:
+            return
         self._typical_s += 0.3 * (time.monotonic() - began - self._typical_s)
         # The executor is free for the next job while this one's picture is being encoded.
         self._endings.add(end := asyncio.create_task(self._end(job, ending)))
         end.add_done_callback(self._endings.discard)
 
+    async def _task(self, job: Job) -> StylizeTask | None:
+        """Return the task of a job that is leased now; None if somebody else has it."""
+        if not await self._ledger.lease(job):
+            return None
+        if job.spec is None:
+            await self._load(job)
+        spec = job.spec
+        assert spec is not None, "loaded"
+        return StylizeTask(
+            id=job.name,
+            model=spec.model,
+            content=spec.content,
+            styles=spec.styles,
+            options=job.now.options,
+            frame_interval=spec.preview_interval,
+            start=spec.start,
+            bit_depth=spec.output.bit_depth,
+            checkpoint=job.checkpoint,
+            attempt=job.now.attempt,
+        )
+
     async def _end(self, job: Job, ending: Ending) -> None:
-        if job.state.terminal:  # failed by `stop`
-            return
+        wanted = self._wanted.pop(job.name, None)
         match ending:
             case Done():
-                assert ending.pixels is not None
-                try:
-                    image = await asyncio.to_thread(
-                        images.encode,
-                        ending.pixels,
-                        job.spec.output,
-                        alpha=job.spec.alpha,
-                        parameters=job.parameters(ending),
-                    )
-                except Exception as error:  # whatever it is, a job must end, or its caller waits for ever
-                    log.exception("result not encoded", job=job.name)
-                    job.failed(JobError("INTERNAL", f"the result could not be encoded: {error}"))
-                else:
-                    job.succeeded(Finished(image, ending.iteration, ending.loss, ending.stop_reason))
+                await self._picture(job, ending)
             case Cancelled():
                 job.cancelled()
+            case Suspended() if wanted is JobState.PAUSED:
+                job.paused()
+            case Suspended():
+                self._again(job)
+            case Failed(reason="WORKER_DIED") if self._deaths[job.name] < MAX_DEATHS:
+                self._deaths[job.name] += 1
+                log.warning("job is taken up again", job=job.name, after=ending.message)
+                self._again(job)
             case Failed():
                 job.failed(JobError(ending.reason, ending.message))
-        self._log_end(job)
+        if job.state.terminal:
+            self._ended(job)
+
+    async def _picture(self, job: Job, done: Done) -> None:
+        assert done.pixels is not None
+        assert job.spec is not None
+        output = job.spec.output
+        try:
+            image = await asyncio.to_thread(
+                images.encode, done.pixels, output, alpha=job.spec.alpha, parameters=job.parameters(done)
+            )
+            await self._ledger.keep_result(image, MEDIA_TYPES[output.format])
+        except RequestError as error:
+            job.failed(JobError(error.reason, f"the result could not be kept: {error}"))
+        except Exception as error:  # whatever it is, a job must end, or its caller waits for ever
+            log.exception("result not encoded", job=job.name)
+            job.failed(JobError("INTERNAL", f"the result could not be encoded: {error}"))
+        else:
+            job.succeeded(StoredResult.of(image, done))
+
+    def _again(self, job: Job) -> None:
+        """Put a job that was broken off back into the queue, before its caller's others."""
+        job.queued()
+        if not self._stopping:
+            self.submit(job, first=True)
+
+    def _leave(self, job: Job) -> None:
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self._renumber()
 
     def _renumber(self) -> None:
         for position, job in enumerate(self._waiting):
             job.moved(position)
 
-    def _log_end(self, job: Job) -> None:
-        height, width = job.spec.content.shape[:2]
+    def _wait_s(self, turns: int) -> float:
+        return self._typical_s * turns / max(1, len(self._loops))
+
+    def _note(self, job: Job, message: Message, executor: Executor) -> None:
+        match message:
+            case Started():
+                job.started(executor.device, message.precision)
+                log.info("job started", job=job.name, device=executor.device, attempt=job.now.attempt)
+                if job.finishing:
+                    executor.order(Finish(job.name))
+            case Progressed():
+                job.progressed(message)
+            case Pictured():
+                job.pictured(message)
+            case Steered():
+                job.steered(message.options)
+            case Kept():
+                self._deaths.pop(job.name, None)
+                self._ledger.keep_checkpoint(job, message.checkpoint)
+
+    def _ended(self, job: Job) -> None:
+        self._deaths.pop(job.name, None)
+        self._ledger.drop_checkpoints(job)
+        now = job.now
         log.info(
             "job ended",
             job=job.name,
-            state=str(job.state),
-            styles=[image.sha256[:12] for image in job.spec.styles],
-            size=f"{width}×{height}",
-            iterations=job.progress.iteration if job.progress else 0,
-            seconds=round(job.progress.elapsed_s, 2) if job.progress else 0,
-            device=job.device,
-            loss=job.progress.loss if job.progress else None,
-            error=job.error.message if job.error else None,
+            state=str(now.state),
+            size=f"{now.width}×{now.height}",
+            attempt=now.attempt,
+            iterations=now.progress.iteration if now.progress else 0,
+            seconds=round(now.progress.elapsed_s, 2) if now.progress else 0,
+            device=now.device,
+            loss=now.progress.loss if now.progress else None,
+            error=now.error.message if now.error else None,
         )
 
 
@@ -221,16 +363,3 @@ async def _ending(executor: Executor, task: Task, report: Callable[[Message], No
     except Exception as error:  # the loop that serves the executor must go on
         log.exception("executor failed", task=task.id)
         return Failed(task.id, "INTERNAL", f"{type(error).__name__}: {error}")
-
-
-def _note(job: Job, message: Message, device: str) -> None:
-    if job.state.terminal:
-        return
-    match message:
-        case Started():
-            job.started(device, message.precision)
-            log.info("job started", job=job.name, model=job.spec.model, device=device, precision=message.precision)
-        case Progressed():
-            job.progressed(message)
-        case Pictured():
-            job.pictured(message)

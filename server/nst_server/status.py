@@ -15,6 +15,7 @@ from nst_server.errors import (
     InvalidField,
     JobEnded,
     ModelNotFetched,
+    Moved,
     NotFound,
     QueueFull,
     RequestError,
@@ -42,6 +43,7 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     StorageDamaged: grpc.StatusCode.DATA_LOSS,
     StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
     Unread: grpc.StatusCode.UNAVAILABLE,
+    Moved: grpc.StatusCode.UNAVAILABLE,
     Internal: grpc.StatusCode.INTERNAL,
     Stopping: grpc.StatusCode.UNAVAILABLE,
 }
@@ -73,7 +75,7 @@ def _details(error: RequestError) -> list[Any]:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, QueueFull):
         details.append(_retry(error.retry_after_s))
-    if isinstance(error, Stopping | StorageUnavailable):
+    if isinstance(error, Stopping | Moved | StorageUnavailable):
         details.append(_retry(RETRY_S))
     return details
 
