@@ -22,6 +22,18 @@ MARGIN_PX = 16
 """Width of the margin of Padding.MIRROR."""
 
 
+BUDGETS = frozenset({"iterations", "scale_iterations"})
+STEERABLE = BUDGETS | {
+    "content_weight",
+    "style_weight",
+    "tv_weight",
+    "laplacian_weight",
+    "content_layers",
+    "style_layers",
+}
+"""Options that may change while a run goes on."""
+
+
 class Preset(StrEnum):
     """A starting point that every other option overrides."""
 
@@ -286,6 +298,13 @@ def plain(options: StylizeOptions) -> dict[str, Any]:
         name: dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
     }
+
+
+def steered(options: StylizeOptions, changes: Mapping[str, Any]) -> StylizeOptions:
+    """Return options with changes, all of them STEERABLE. Raises InvalidOption."""
+    for name in sorted(changes.keys() - STEERABLE):
+        raise InvalidOption(name, f"cannot be changed while a job runs; these can: {', '.join(sorted(STEERABLE))}")
+    return dataclasses.replace(options, **changes)
 
 
 def _checked(option: dataclasses.Field[Any], value: Any) -> Any:

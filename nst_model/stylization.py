@@ -28,23 +28,23 @@ from nst_model.losses import Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
 from nst_model.objective import Objective, interpreted, script
-from nst_model.options import Color, Init, Precision, StyleLoss, StylizeOptions, plain, relative
+from nst_model.options import (
+    BUDGETS,
+    STEERABLE,
+    Color,
+    Init,
+    Precision,
+    StyleLoss,
+    StylizeOptions,
+    plain,
+    relative,
+    steered,
+)
 from nst_model.regions import Layout, fitting, layer_weights
 from nst_model.state import State
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
-
-BUDGETS = frozenset({"iterations", "scale_iterations"})
-STEERABLE = BUDGETS | {
-    "content_weight",
-    "style_weight",
-    "tv_weight",
-    "laplacian_weight",
-    "content_layers",
-    "style_layers",
-}
-"""Options that may change while a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -272,14 +272,12 @@ class Stylization:
         return self._descent.best
 
     def steer(self, **changes: Any) -> None:
-        """Change options, any of STEERABLE, from the next iteration on.
+        """Change options, any of `options.STEERABLE`, from the next iteration on.
 
         Raises InvalidOption, and changes nothing, for a value out of bounds or an option that cannot be changed on the
         way.
         """
-        for name in changes.keys() - STEERABLE:
-            raise InvalidOption(name, f"cannot be changed while a job runs; these can: {', '.join(sorted(STEERABLE))}")
-        options = dataclasses.replace(self.options, **changes)
+        options = steered(self.options, changes)
         options.check_layers(self._model.weights.architecture.layers)
         anew = any(getattr(options, name) != getattr(self.options, name) for name in STEERABLE - BUDGETS)
         self._descent.steer(options, anew=anew)

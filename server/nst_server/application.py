@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
-from nst_model.options import plain
+from nst_model.options import plain, steered
 from nst_server import images
-from nst_server.errors import InvalidField, ModelNotFetched, NotFound
+from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, NotFound
 from nst_server.gram_cache import GramCache
-from nst_server.images import Encoding
-from nst_server.jobs import Job, JobSpec, PreviewSpec
+from nst_server.jobs import Job, JobSnapshot, JobSpec, JobState
+from nst_server.ledger import Ledger
 from nst_server.messages import PrepareTask, StyleImage
+from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source, fingerprint
 from nst_server.scheduler import Scheduler
 from nst_server.settings import Settings
 from nst_server.styles import StoredImage, Style, StyleStore
@@ -43,36 +44,14 @@ PAGE_TOKEN = "after:"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class JobStyle:
-    """A style of a request: the name of a stored one, or an image file."""
-
-    weight: float
-    name: str = ""
-    data: bytes = b""
-    region: bytes | None = None
-    style_region: bytes | None = None
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What a caller asks for; the image files are not looked into yet."""
-
-    content: bytes
-    styles: Sequence[JobStyle]
-    model: str
-    options: StylizeOptions
-    preview: PreviewSpec
-    output: Encoding
-    init_image: bytes = b""
-
-
 class Application:
     """The application core. Its methods run on the event loop and raise RequestError for what they refuse."""
 
-    def __init__(self, settings: Settings, scheduler: Scheduler) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
-        self._scheduler = scheduler
+        self._ledger = ledger
+        self._jobs: dict[str, Job] = {}  # those that have not ended
+        self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
         self._styles = StyleStore(settings.data_dir / "styles")
         self._grams = GramCache(settings.data_dir / "grams")
@@ -85,23 +64,105 @@ class Application:
 
         Raises QueueFull or Stopping at once, so that a server with no place spends nothing on a request.
         """
-        return self._scheduler.place()
+        return self.scheduler.place()
 
-    async def stylize(self, request: JobRequest) -> Job:
-        """Check a request for which a place is held, and queue its job. Raises RequestError, having started nothing."""
-        job = Job(await self._decode(self._checked, request))
-        self._scheduler.submit(job)
+    async def take_up(self) -> None:
+        """Queue what an earlier server has left undone."""
+        for record in await self._ledger.left():
+            job = self._ledger.job(record)
+            self._jobs[job.name] = job
+            if job.state is JobState.RUNNING:
+                job.queued()
+            if job.state is JobState.QUEUED:
+                self.scheduler.submit(job)
+
+    async def create_job(self, request: JobRequest, caller: str = "") -> Job:
+        """Check a request for which a place is held, and queue its job; return the one it made if it came before.
+
+        Raises RequestError, having started nothing.
+        """
+        request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
+        described, files = request.stored()
+        sha256 = fingerprint(described)
+        if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
+            return self._jobs.get(there.name, there)
+        spec = await self._decode(self._checked, request)
+        snapshot = JobSnapshot.queued(spec, request.request_id)
+        for sha256, (data, field) in files.items():
+            size = images.size_of(data, field)
+            await self._ledger.keep_image(data, *size, sha256=sha256, caller=caller)
+        record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
+        if not new:
+            job = self._ledger.job(record)
+            return self._jobs.get(job.name, job)
+        job = Job(snapshot, self._ledger, spec, caller=caller)
+        self._jobs[job.name] = job
+        self.scheduler.submit(job)
         return job
+
+    async def get_job(self, name: str) -> Job:
+        """Return a job. Raises NotFound."""
+        name = f"jobs/{name.removeprefix('jobs/')}"
+        return self._jobs.get(name) or await self._ledger.get(name)
+
+    async def list_jobs(
+        self, caller: str, states: Sequence[JobState], page_size: int, page_token: str
+    ) -> tuple[list[Job], str]:
+        """Return a page of a caller's jobs, the newest first, and the token of the next. Raises InvalidField."""
+        jobs, token = await self._ledger.page(caller, states, page_size, page_token)
+        return [self._jobs.get(job.name, job) for job in jobs], token
+
+    async def update_job(self, name: str, update: JobUpdate) -> Job:
+        """Change a job. Raises NotFound, JobEnded, InvalidField."""
+        job = await self.get_job(name)
+        if job.state.terminal:
+            raise JobEnded(f"{job.name} is {job.state} and changes no more")
+        if update.changes:
+            card = model_card(job.now.model)
+            try:
+                options = steered(job.now.options, update.changes)
+                options.check_layers(card.architecture.layers)
+            except InvalidOption as error:
+                raise InvalidField(f"options.{error.field}", error.reason) from error
+            self.scheduler.steer(job, options, update.changes)
+        if update.finish:
+            self.scheduler.finish(job)
+        elif update.paused is not None:
+            (self.scheduler.pause if update.paused else self.scheduler.resume)(job)
+        await self._ledger.journal.flush()
+        return job
+
+    async def cancel_job(self, name: str) -> Job:
+        """End a job, if it has not ended yet, and return it. Raises NotFound."""
+        job = await self.get_job(name)
+        self.scheduler.cancel(job)
+        await job.ended()
+        return job
+
+    async def delete_job(self, name: str) -> None:
+        """Delete a job, ending it first. Raises NotFound."""
+        job = await self.cancel_job(name)
+        self._jobs.pop(job.name, None)
+        await self._ledger.delete(job.name)
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""
-        self._scheduler.cancel(job)
+        self.scheduler.cancel(job)
+
+    async def _load(self, job: Job) -> None:
+        """Make the spec of a job out of its stored request."""
+        request = await (await self._ledger.request(job)).resolved(self._file)
+        job.spec = await self._decode(self._checked, request)
+
+    async def _file(self, source: ImageName, field: str) -> bytes:
+        """Return the file of an image on this server. Raises NotFound."""
+        return await self._ledger.image_file(source.name, field)
 
     async def create_style(self, style_id: str, display_name: str, files: Sequence[tuple[bytes, float]]) -> Style:
         """Store a style; its Gram matrices for the defaults are computed when a device is idle."""
         style, pictures = await self._decode(self._create_style, style_id, display_name, files)
         for picture in pictures:
-            self._scheduler.prepare(PrepareTask(style.name, self._settings.default_model, (picture,), StylizeOptions()))
+            self.scheduler.prepare(PrepareTask(style.name, self._settings.default_model, (picture,), StylizeOptions()))
         return style
 
     async def get_style(self, name: str) -> Style:
@@ -156,6 +217,7 @@ class Application:
             options.check_layers(card.architecture.layers)
         except InvalidOption as error:
             raise InvalidField(f"options.{error.field}", error.reason) from error
+        assert isinstance(request.content, bytes), "resolved"
         picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
         content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         height, width = content.shape[:2]
@@ -234,20 +296,28 @@ class Application:
                 )
         return tuple(found), described
 
+    def _with_stored_styles(self, request: JobRequest) -> JobRequest:
+        """Return a request with the files of the stored styles that it names."""
+        return dataclasses.replace(
+            request, styles=[self._with_files(style, f"styles[{n}].style") for n, style in enumerate(request.styles)]
+        )
+
+    def _with_files(self, style: JobStyle, field: str) -> JobStyle:
+        if not style.name or style.files:
+            return style
+        stored = self._styles.get(style.name, field)
+        files = self._styles.files(stored, field)
+        weighted = tuple((data, image.weight) for data, image in zip(files, stored.images, strict=True))
+        return dataclasses.replace(style, name=stored.name, files=weighted)
+
     def _style_files(
         self, style: JobStyle, share: float, field: str
     ) -> tuple[list[tuple[bytes, float, str]], dict[str, Any]]:
         """Return a style's image files, each with its share and its field, and what the result's file says of them."""
-        if style.name:
-            place = f"{field}.style"
-            stored = self._styles.get(style.name, place)
-            inner = _shares([image.weight for image in stored.images], place)
-            files = [
-                (data, share * part, place) for data, part in zip(self._styles.files(stored, place), inner, strict=True)
-            ]
-            name = {"name": stored.name}
-        else:
-            files, name = [(style.data, share, f"{field}.image.data")], {}
+        place = f"{field}.style" if style.name else f"{field}.image.data"
+        inner = _shares([weight for _, weight in style.files], place)
+        files = [(_resolved(source), share * part, place) for (source, _), part in zip(style.files, inner, strict=True)]
+        name = {"name": style.name} if style.name else {}
         sha256 = [hashlib.sha256(data).hexdigest() for data, _, _ in files]
         masks = _hashes(region_sha256=style.region, style_region_sha256=style.style_region)
         return files, {"sha256": sha256, "weight": style.weight, **name, **masks}
@@ -299,9 +369,14 @@ def _file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _hashes(**files: bytes | None) -> dict[str, str]:
+def _resolved(source: Source) -> bytes:
+    assert isinstance(source, bytes), "resolved before"
+    return source
+
+
+def _hashes(**files: Source | None) -> dict[str, str]:
     """Return the SHA-256 of each file that there is."""
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None}
+    return {name: hashlib.sha256(_resolved(data)).hexdigest() for name, data in files.items() if data is not None}
 
 
 def _check_count(field: str, count: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -97,6 +98,28 @@ class JobSnapshot:
     attempt: int = 0
     sequence: int = 0
     request_id: str = ""
+
+    @classmethod
+    def queued(cls, spec: JobSpec, request_id: str = "") -> JobSnapshot:
+        """Return a new job."""
+        height, width = spec.content.shape[:2]
+        return cls(
+            name=f"jobs/{uuid.uuid4().hex}",
+            state=JobState.QUEUED,
+            model=spec.model,
+            options=spec.options,
+            width=width,
+            height=height,
+            create_time=_utc(),
+            start_time=None,
+            end_time=None,
+            queue_position=0,
+            device="",
+            precision="",
+            progress=None,
+            error=None,
+            request_id=request_id,
+        )
 
 
 @dataclass(frozen=True)
@@ -318,6 +341,17 @@ class Job:
         """Note that another server has the job now: nothing more will be heard of it here."""
         self._lost = error
         self._wake()
+
+    async def ended(self) -> None:
+        """Wait until the job has ended, and that is durable, or somebody else has it."""
+        wakeup = asyncio.Event()
+        self._watchers.add(wakeup)
+        try:
+            while not (self._shown.state.terminal or self._lost):
+                await wakeup.wait()
+                wakeup.clear()
+        finally:
+            self._watchers.discard(wakeup)
 
     def parameters(self, done: Done) -> dict[str, Any]:
         """Return what the result's file says of its making: what was asked for, and what came of it."""

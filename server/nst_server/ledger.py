@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -12,11 +13,12 @@ from typing import Any
 import structlog
 
 from nst_server import archive
-from nst_server.errors import RequestError
+from nst_server.errors import NotFound, RequestError, RequestIdReused
 from nst_server.images import EncodedImage
-from nst_server.jobs import Event, Job, JobSnapshot
+from nst_server.jobs import Event, Job, JobSnapshot, JobState
 from nst_server.journal import Journal
 from nst_server.messages import Checkpoint
+from nst_server.requests import JobRequest
 from nst_server.storage.blobs import Blobs
 from nst_server.storage.database import JobStore
 from nst_server.storage.records import Batch, Fence, ImageRecord, JobRecord
@@ -89,6 +91,57 @@ class Ledger:
         )
         return await self.store.create(record, images=images)
 
+    def job(self, record: JobRecord) -> Job:
+        """Return a job as it is stored."""
+        job = Job(archive.snapshot_from_record(record), self, caller=record.caller)
+        job.checkpoint = archive.checkpoint_from_json(record.checkpoint)
+        return job
+
+    async def get(self, name: str) -> Job:
+        """Return a stored job. Raises NotFound."""
+        return self.job(await self.store.get(_id(name)))
+
+    async def find(self, caller: str, request_id: str, request_sha256: str) -> Job | None:
+        """Return the job that a caller's request made. Raises RequestIdReused if that was another request."""
+        record = await self.store.find(caller, request_id)
+        if record is None:
+            return None
+        if record.request_sha256 != request_sha256:
+            raise RequestIdReused(request_id, record.id)
+        return self.job(record)
+
+    async def page(
+        self, caller: str, states: Sequence[JobState], page_size: int, before: tuple[datetime, str] | None
+    ) -> list[Job]:
+        """Return a caller's jobs in some states, or in all, the newest first, that are older than a time and id."""
+        records = await self.store.list(caller, [state.value for state in states], page_size, before)
+        return [self.job(record) for record in records]
+
+    async def left(self) -> list[JobRecord]:
+        """Take over what servers that are gone have left, and return the jobs that have not ended, oldest first."""
+        await self.store.release_expired(datetime.now(UTC))
+        open_states = [state.value for state in JobState if not state.terminal]
+        return sorted(
+            await self.store.list(states=open_states, page_size=100_000), key=lambda record: record.create_time
+        )
+
+    async def delete(self, name: str) -> None:
+        """Delete a job with its events and checkpoints; its images go when nothing else holds them. Raises NotFound."""
+        await self.journal.flush()
+        await self.store.delete(_id(name))
+        await self.blobs.remove_below(f"checkpoints/{_id(name)}/")
+
+    async def request(self, job: Job) -> JobRequest:
+        """Return what was asked for, with names in place of image files."""
+        return JobRequest.restored((await self.store.get(_id(job.name))).request)
+
+    async def image_file(self, name: str, field: str) -> bytes:
+        """Return the file of an image. Raises NotFound, naming `field`."""
+        try:
+            return await self.blobs.get(name.removeprefix("images/"))
+        except NotFound as error:
+            raise NotFound(field, f"there is no image {name!r}") from error
+
     async def lease(self, job: Job) -> bool:
         """Take a waiting job for the next attempt at it; return False if it waits no more."""
         await self.journal.flush()
@@ -98,13 +151,14 @@ class Ledger:
         job.leased(self.owner, record.attempt)
         return True
 
-    async def keep_result(self, image: EncodedImage, media_type: str) -> None:
-        """Keep a result's file."""
+    async def keep_image(
+        self, data: bytes, width: int, height: int, media_type: str, sha256: str = "", caller: str = ""
+    ) -> None:
+        """Keep an image file."""
         now = datetime.now(UTC)
-        await self.store.add_image(
-            ImageRecord(image.sha256, len(image.data), image.width, image.height, media_type, "", now, now)
-        )
-        await self.blobs.put(image.data)
+        sha256 = sha256 or await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        await self.store.add_image(ImageRecord(sha256, len(data), width, height, media_type, caller, now, now))
+        await self.blobs.put(data)
 
     def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
         """Note a job's newest checkpoint, and remove the one before it once that is durable."""

@@ -15,7 +15,7 @@ from nst_model import StylizeOptions
 from nst_server import images
 from nst_server.errors import QueueFull, RequestError, Stopping
 from nst_server.executor import Executor
-from nst_server.images import EncodedImage, ImageFormat
+from nst_server.images import ImageFormat
 from nst_server.jobs import Job, JobError, JobState, StoredResult
 from nst_server.messages import (
     Cancel,
@@ -70,8 +70,8 @@ class Keeping(Protocol):
     async def lease(self, job: Job) -> bool:
         """Take a waiting job; return False if it waits no more."""
 
-    async def keep_result(self, image: EncodedImage, media_type: str) -> None:
-        """Keep a result's file."""
+    async def keep_image(self, data: bytes, width: int, height: int, media_type: str) -> None:
+        """Keep an image file."""
 
     def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
         """Note a job's newest checkpoint."""
@@ -295,7 +295,7 @@ class Scheduler:
             image = await asyncio.to_thread(
                 images.encode, done.pixels, output, alpha=job.spec.alpha, parameters=job.parameters(done)
             )
-            await self._ledger.keep_result(image, MEDIA_TYPES[output.format])
+            await self._ledger.keep_image(image.data, image.width, image.height, MEDIA_TYPES[output.format])
         except RequestError as error:
             job.failed(JobError(error.reason, f"the result could not be kept: {error}"))
         except Exception as error:  # whatever it is, a job must end, or its caller waits for ever
