@@ -39,7 +39,8 @@ def postgresql_program(name: str) -> str:
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Callable[[str], None]]:
     """A PostgreSQL on a Unix socket of its own; what runs SQL in it. As root it would refuse to run."""
-    folder = Path(tempfile.mkdtemp(prefix="nst-", dir="/tmp"))
+    postgresql_program("initdb")
+    folder = Path(tempfile.mkdtemp(prefix="nst-", dir="/tmp"))  # a socket's path is at most 107 bytes long
     if ROOT:
         shutil.chown(folder, "postgres")
     who = {"user": "postgres"} if ROOT else {}
