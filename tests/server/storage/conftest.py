@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,10 @@ def postgresql_program(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[Callable[[str], None]]:
+def postgresql() -> Iterator[Callable[..., None]]:
     """A PostgreSQL on a Unix socket of its own; what runs SQL in it. As root it would refuse to run."""
-    folder = Path(tempfile.mkdtemp(prefix="nst-", dir="/tmp"))
+    postgresql_program("initdb")
+    folder = Path(tempfile.mkdtemp(prefix="nst-", dir="/tmp"))  # a socket's path is at most 107 bytes long
     if ROOT:
         shutil.chown(folder, "postgres")
     who = {"user": "postgres"} if ROOT else {}
@@ -49,8 +49,8 @@ def postgresql() -> Iterator[Callable[[str], None]]:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **who)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def sql(statement: str) -> None:
-        run("psql", "-h", str(folder), "-U", "postgres", "-c", statement)
+    def sql(statement: str, database: str = "postgres") -> None:
+        run("psql", "-h", str(folder), "-U", "postgres", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement)
 
     options = f"-k {folder} -c listen_addresses= -c max_connections=200 -c shared_buffers=16MB -c fsync=off"
     try:
@@ -60,6 +60,7 @@ def postgresql() -> Iterator[Callable[[str], None]]:
         run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
         try:
             sql.folder = folder  # type: ignore[attr-defined]
+            sql("CREATE DATABASE nst")
             yield sql
         finally:
             run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
@@ -69,10 +70,10 @@ def postgresql() -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def postgresql_url(postgresql: Any) -> str:
-    """URL of a new database in it."""
-    name = f"nst_{uuid.uuid4().hex}"
-    postgresql(f"CREATE DATABASE {name}")
-    return f"postgresql://postgres@/{name}?host={postgresql.folder}"
+    """URL of a database in it, emptied: a new one for each test would take longer than the tests."""
+    postgresql("ALTER DATABASE nst RESET ALL")
+    postgresql("DROP SCHEMA public CASCADE; CREATE SCHEMA public", "nst")
+    return f"postgresql://postgres@/nst?host={postgresql.folder}"
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])

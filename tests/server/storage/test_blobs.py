@@ -154,11 +154,11 @@ while True:
 
 
 async def test_a_writer_that_is_killed_leaves_nothing_by_half(tmp_path: Path) -> None:
-    """Six times, in the midst of 30 MB: the name stands for the old bytes or the new; leftovers are cleaned up."""
+    """Three times, in the midst of 30 MB: the name stands for the old bytes or the new; leftovers are cleaned up."""
     blobs = Blobs.open(tmp_path)
     partial = tmp_path / "checkpoints" / "a#1"
     interrupted = 0
-    for _ in range(6):
+    for _ in range(3):
         with subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
         ) as writer:
