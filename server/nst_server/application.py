@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +40,7 @@ MAX_STYLE_IMAGES = 32
 MAX_STYLE_SIZE_PX = 4096
 MAX_DISPLAY_NAME = 200
 PAGE_TOKEN = "after:"
+NO_TOKEN = "is not the next_page_token of a previous response"
 
 T = TypeVar("T")
 
@@ -88,9 +89,9 @@ class Application:
             return self._jobs.get(there.name, there)
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id)
-        for sha256, (data, field) in files.items():
-            size = images.size_of(data, field)
-            await self._ledger.keep_image(data, *size, sha256=sha256, caller=caller)
+        for sha256, data in files.items():
+            kind = await self._decode(images.kind_of, data)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256, caller)
         record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
         if not new:
             job = self._ledger.job(record)
@@ -109,8 +110,10 @@ class Application:
         self, caller: str, states: Sequence[JobState], page_size: int, page_token: str
     ) -> tuple[list[Job], str]:
         """Return a page of a caller's jobs, the newest first, and the token of the next. Raises InvalidField."""
-        jobs, token = await self._ledger.page(caller, states, page_size, page_token)
-        return [self._jobs.get(job.name, job) for job in jobs], token
+        jobs = await self._ledger.page(caller, states, page_size + 1, _job_token(page_token))
+        more = jobs[page_size:]
+        page = [self._jobs.get(job.name, job) for job in jobs[:page_size]]
+        return page, _token(f"{page[-1].now.create_time.isoformat()} {page[-1].name}") if more else ""
 
     async def update_job(self, name: str, update: JobUpdate) -> Job:
         """Change a job. Raises NotFound, JobEnded, InvalidField."""
@@ -217,8 +220,7 @@ class Application:
             options.check_layers(card.architecture.layers)
         except InvalidOption as error:
             raise InvalidField(f"options.{error.field}", error.reason) from error
-        assert isinstance(request.content, bytes), "resolved"
-        picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
+        picture = images.decode_with_alpha(_resolved(request.content), "content.data", self._max_pixels)
         content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         height, width = content.shape[:2]
         styles, described = self._job_styles(request.styles, options, (width, height))
@@ -241,7 +243,7 @@ class Application:
             "model": model,
             "model_sha256": self._weights_sha256(model),
             "options": plain(request.options),
-            "content_sha256": hashlib.sha256(request.content).hexdigest(),
+            "content_sha256": hashlib.sha256(_resolved(request.content)).hexdigest(),
             "styles": styles,
             **_hashes(init_image_sha256=request.init_image or None),
         }
@@ -249,13 +251,13 @@ class Application:
     def _start(self, request: JobRequest, size: tuple[int, int]) -> Pixels | None:
         if request.options.init is not Init.IMAGE:
             return None
-        picture = images.decode_with_alpha(request.init_image, "init_image.data", self._max_pixels)
+        picture = images.decode_with_alpha(_resolved(request.init_image), "init_image.data", self._max_pixels)
         return images.stretch(picture, size)
 
-    def _mask(self, data: bytes | None, size: tuple[int, int], field: str) -> Mask | None:
-        if data is None:
+    def _mask(self, source: Source | None, size: tuple[int, int], field: str) -> Mask | None:
+        if source is None:
             return None
-        return images.mask(images.decode(data, f"{field}.data", self._max_pixels), size, f"{field}.data")
+        return images.mask(images.decode(_resolved(source), f"{field}.data", self._max_pixels), size, f"{field}.data")
 
     def _job_styles(
         self, styles: Sequence[JobStyle], options: StylizeOptions, size: tuple[int, int]
@@ -395,14 +397,35 @@ def _shares(weights: Sequence[float], field: str) -> list[float]:
 
 def _page(items: Sequence[T], key: Callable[[T], str], page_size: int, page_token: str) -> tuple[list[T], str]:
     """Return the items after those that the token covers, and the token of the next page. `items` are in key order."""
+    after = _after(page_token)
+    rest = [item for item in items if key(item) > after]
+    page = rest[:page_size]
+    more = len(rest) > len(page)
+    return page, _token(key(page[-1])) if more else ""
+
+
+def _token(last: str) -> str:
+    """Return the token of the page after an item."""
+    return base64.urlsafe_b64encode((PAGE_TOKEN + last).encode()).decode()
+
+
+def _after(page_token: str) -> str:
+    """Return the item that a token stands for, an empty string for none. Raises InvalidField."""
     try:
         token = base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError):
         token = "malformed"
     if token and not token.startswith(PAGE_TOKEN):
-        raise InvalidField("page_token", "is not the next_page_token of a previous response")
-    after = token.removeprefix(PAGE_TOKEN)
-    rest = [item for item in items if key(item) > after]
-    page = rest[:page_size]
-    more = len(rest) > len(page)
-    return page, base64.urlsafe_b64encode((PAGE_TOKEN + key(page[-1])).encode()).decode() if more else ""
+        raise InvalidField("page_token", NO_TOKEN)
+    return token.removeprefix(PAGE_TOKEN)
+
+
+def _job_token(page_token: str) -> tuple[datetime, str] | None:
+    """Return the time and id of the job that a token stands for, None for none. Raises InvalidField."""
+    if not (last := _after(page_token)):
+        return None
+    time, _, name = last.partition(" ")
+    try:
+        return datetime.fromisoformat(time), name.removeprefix("jobs/")
+    except ValueError as error:
+        raise InvalidField("page_token", NO_TOKEN) from error

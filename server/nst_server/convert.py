@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from enum import StrEnum
@@ -16,11 +17,21 @@ from google.rpc import code_pb2
 from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions
 from nst_model.options import MAX_WEIGHT, PRESETS, bounds_of, default_of
-from nst_server.application import JobRequest, JobStyle
 from nst_server.errors import InvalidField
 from nst_server.images import EncodedImage, Encoding, ImageFormat
-from nst_server.jobs import Event, Finished, Frame, JobSnapshot, PreviewSpec, StateChanged
+from nst_server.jobs import (
+    Event,
+    Finished,
+    Frame,
+    Heartbeat,
+    JobSnapshot,
+    JobState,
+    PreviewSpec,
+    StateChanged,
+    StoredResult,
+)
 from nst_server.messages import Progressed
+from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source
 from nst_server.styles import Style
 
 PART_BYTES = 2 * 1024 * 1024
@@ -33,6 +44,8 @@ DEEP_RESULTS = (ImageFormat.PNG, ImageFormat.TIFF)
 PREVIEW_INTERVAL, PREVIEW_SIZE_PX = 1, 512
 
 MASKS = ("region", "style_region")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 OPTION_TYPES = {
     int: options_pb2.OPTION_TYPE_INTEGER,
@@ -49,6 +62,14 @@ JOB_ERROR_CODES = {
 
 def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
     """Return the options of a message, defaults filled in. Raises InvalidField."""
+    try:
+        return StylizeOptions.of(**_given(message))
+    except InvalidOption as error:
+        raise InvalidField(f"options.{error.field}", error.reason) from error
+
+
+def _given(message: options_pb2.StylizeOptions) -> dict[str, Any]:
+    """Return the options that a message has, by name. Raises InvalidField for an unknown choice."""
     given: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         if _is_map(field):
@@ -62,10 +83,7 @@ def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
                 given[field.name] = _choice_name(field, number)
         elif message.HasField(field.name):
             given[field.name] = getattr(message, field.name)
-    try:
-        return StylizeOptions.of(**given)
-    except InvalidOption as error:
-        raise InvalidField(f"options.{error.field}", error.reason) from error
+    return given
 
 
 def options_to_proto(options: StylizeOptions) -> options_pb2.StylizeOptions:
@@ -140,9 +158,11 @@ def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> Jo
     options = options_from_proto(_with_init(message))
     styles = [_style_input(style, f"styles[{index}]") for index, style in enumerate(message.styles)]
     return JobRequest(
-        content=message.content.data,
+        content=_source(message.content) or b"",
         styles=styles,
-        init_image=message.init_image.data,
+        init_image=_source(message.init_image) or b"",
+        request_id=_request_id(message.request_id),
+        cancel_on_disconnect=message.cancel_on_disconnect if message.HasField("cancel_on_disconnect") else True,
         model=message.model,
         options=options,
         preview=preview_from_proto(message.preview),
@@ -156,6 +176,22 @@ def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[byte
         (image.image.data, weight_from_proto(image, f"style.images[{index}].weight"))
         for index, image in enumerate(message.images)
     ]
+
+
+def update_from_proto(message: style_transfer_service_pb2.UpdateJobRequest) -> JobUpdate:
+    """Return how a job is to be changed. Raises InvalidField."""
+    paused = message.paused if message.HasField("paused") else None
+    return JobUpdate(_given(message.options), paused, message.finish)
+
+
+def states_from_proto(numbers: Collection[int]) -> list[JobState]:
+    """Return the states that jobs are wanted in. Raises InvalidField."""
+    found = []
+    for index, number in enumerate(numbers):
+        if number == 0 or number not in job_pb2.JobState.values():
+            raise InvalidField(f"states[{index}]", f"has no choice number {number}")
+        found.append(JobState(job_pb2.JobState.Name(number).removeprefix("JOB_STATE_").lower()))
+    return found
 
 
 def preview_from_proto(message: style_transfer_service_pb2.Preview) -> PreviewSpec:
@@ -199,12 +235,12 @@ def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:
         case Frame(image, iteration, skipped):
             for part in image_to_proto(image):
                 yield _event(event, frame=job_pb2.Frame(iteration=iteration, skipped=skipped, image=part))
-        case Finished(image, iteration, loss, stop_reason):
-            reason = job_pb2.StopReason.Value(f"STOP_REASON_{stop_reason.upper()}")
-            for part in image_to_proto(image):
-                yield _event(
-                    event, result=job_pb2.Result(image=part, iteration=iteration, loss=loss, stop_reason=reason)
-                )
+        case Finished(result, data):
+            numbers = {"iteration": result.iteration, "loss": result.loss, "stop_reason": _stop_reason(result)}
+            for part in image_to_proto(EncodedImage(data, result.format, result.width, result.height)):
+                yield _event(event, result=job_pb2.Result(image=part, **numbers))
+        case Heartbeat():
+            yield _event(event, heartbeat=job_pb2.Heartbeat())
 
 
 def image_to_proto(image: EncodedImage) -> Iterator[image_pb2.ImagePart]:
@@ -237,7 +273,16 @@ def job_to_proto(job: JobSnapshot) -> job_pb2.Job:
         end_time=_timestamp(job.end_time),
         queue_position=job.queue_position,
         device=job.device,
+        attempt=job.attempt,
+        sequence=job.sequence,
+        request_id=job.request_id,
     )
+    if job.result is not None:
+        message.result.image = f"images/{job.result.sha256}"
+        message.result.total_bytes = job.result.total_bytes
+        message.result.iteration = job.result.iteration
+        message.result.loss = job.result.loss
+        message.result.stop_reason = _stop_reason(job.result)
     if job.precision:
         message.precision = options_pb2.Precision.Value(f"PRECISION_{Precision(job.precision).name}")
     if job.progress is not None:
@@ -324,16 +369,30 @@ def _with_init(message: style_transfer_service_pb2.StylizeRequest) -> options_pb
 
 def _style_input(message: style_transfer_service_pb2.StyleInput, field: str) -> JobStyle:
     weight = weight_from_proto(message, f"{field}.weight")
-    masks: dict[str, Any] = {name: getattr(message, name).data for name in MASKS if message.HasField(name)}
+    masks: dict[str, Any] = {name: _source(getattr(message, name)) for name in MASKS if message.HasField(name)}
     match message.WhichOneof("source"):
         case "style":
             if not message.style:
                 raise InvalidField(f"{field}.style", "is empty; it must be the name of a style")
             return JobStyle(weight, name=message.style, **masks)
         case "image":
-            return JobStyle(weight, data=message.image.data, **masks)
+            return JobStyle(weight, files=((_source(message.image), 1.0),), **masks)
         case _:
             raise InvalidField(field, "must have a style or an image")
+
+
+def _source(message: image_pb2.Image) -> Source:
+    return ImageName(message.name) if message.WhichOneof("source") == "name" else message.data
+
+
+def _request_id(text: str) -> str:
+    if text and not REQUEST_ID.fullmatch(text):
+        raise InvalidField("request_id", f"must be at most 64 of A–Z, a–z, 0–9, -, _ and ., not {text!r}")
+    return text
+
+
+def _stop_reason(result: StoredResult) -> job_pb2.StopReason:
+    return job_pb2.StopReason.Value(f"STOP_REASON_{result.stop_reason.upper()}")
 
 
 def _image_format(message: image_pb2.Encoding, field: str) -> ImageFormat:

@@ -67,7 +67,7 @@ class JobRequest:
         return dataclasses.replace(self, content=content, init_image=start, styles=styles)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Return a resolved request as JSON, and its files by SHA-256."""
+        """Return a resolved request as JSON, and its image files by SHA-256."""
         files: dict[str, bytes] = {}
 
         def kept(source: Source | None) -> str | None:
