@@ -28,7 +28,7 @@ from nst_server.jobs import Job, JobSnapshot, JobSpec, JobState
 from nst_server.ledger import Ledger
 from nst_server.messages import PrepareTask, StyleImage
 from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source, fingerprint
-from nst_server.scheduler import Scheduler
+from nst_server.scheduler import STOPPING, Scheduler
 from nst_server.settings import Settings
 from nst_server.styles import StoredImage, Style, StyleStore
 
@@ -76,6 +76,13 @@ class Application:
                 job.queued()
             if job.state is JobState.QUEUED:
                 self.scheduler.submit(job)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more jobs, keep what those that run have done, and end every stream; see `Scheduler.stop`."""
+        await self.scheduler.stop(grace_s)
+        await self._ledger.journal.flush()
+        for job in self._jobs.values():
+            job.lost(STOPPING)
 
     async def create_job(self, request: JobRequest, caller: str = "") -> Job:
         """Check a request for which a place is held, and queue its job; return the one it made if it came before.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -259,8 +259,8 @@ def image_to_proto(image: EncodedImage) -> Iterator[image_pb2.ImagePart]:
         )
 
 
-def job_to_proto(job: JobSnapshot) -> job_pb2.Job:
-    """Return a job as a message."""
+def job_to_proto(job: JobSnapshot, estimated_start_s: float | None = None) -> job_pb2.Job:
+    """Return a job as a message; `estimated_start_s` is in how many seconds it will probably get a device."""
     message = job_pb2.Job(
         name=job.name,
         state=job_pb2.JobState.Value(f"JOB_STATE_{job.state.upper()}"),
@@ -277,6 +277,8 @@ def job_to_proto(job: JobSnapshot) -> job_pb2.Job:
         sequence=job.sequence,
         request_id=job.request_id,
     )
+    if estimated_start_s is not None:
+        message.estimated_start_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=estimated_start_s))
     if job.result is not None:
         message.result.image = f"images/{job.result.sha256}"
         message.result.total_bytes = job.result.total_bytes

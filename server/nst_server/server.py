@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -24,9 +25,11 @@ from nst.v1 import (
 from nst_server.application import Application
 from nst_server.executor import ProcessExecutor
 from nst_server.messages import WorkerConfig
-from nst_server.scheduler import Scheduler
+from nst_server.ledger import Ledger
 from nst_server.services import Admission, ModelServicer, StyleServicer, StyleTransferServicer
 from nst_server.settings import Settings
+from nst_server.storage.blobs import Blobs
+from nst_server.storage.database import JobStore
 
 log = structlog.get_logger()
 
@@ -63,9 +66,14 @@ class Server:
         self.address = settings.listen
         self.starting = True
         self.executors: list[ProcessExecutor] = []
-        self._scheduler = Scheduler(settings.queue_size)
+        self._ledger: Ledger | None = None
+        self._application: Application | None = None
         self._health = health.aio.HealthServicer()
         self._grpc: grpc.aio.Server | None = None
+
+    @property
+    def _blobs(self) -> Path | str:
+        return self._settings.blobs or self._settings.data_dir / "blobs"
 
     async def start(self) -> None:
         """Listen, and start the workers; returns when jobs can be computed.
@@ -75,7 +83,9 @@ class Server:
         """
         settings = self._settings
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        application = Application(settings, self._scheduler)
+        store = await JobStore.open(settings.database or settings.data_dir / "jobs.sqlite3")
+        self._ledger = Ledger(store, Blobs.open(self._blobs))
+        self._application = application = Application(settings, self._ledger)
         self._grpc = grpc.aio.server(
             interceptors=[Admission(application, settings.write_timeout_s)],
             maximum_concurrent_rpcs=settings.max_streams,
@@ -102,6 +112,7 @@ class Server:
         self.address = self._bind(settings.listen)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
+        await application.take_up()
         await self._start_workers()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self.starting = False
@@ -113,10 +124,13 @@ class Server:
         if served:
             log.info("stopping")
         await self._health.enter_graceful_shutdown()
-        await self._scheduler.stop(self._settings.grace_s if grace_s is None else grace_s)
+        if self._application is not None:
+            await self._application.stop(self._settings.grace_s if grace_s is None else grace_s)
         if self._grpc is not None:
             await self._grpc.stop(AFTERMATH_S)
         await asyncio.gather(*(executor.close() for executor in self.executors))
+        if self._ledger is not None:
+            await self._ledger.close(AFTERMATH_S)
         if served:
             log.info("stopped")
 
@@ -164,11 +178,14 @@ class Server:
                 weights=settings.weights,
                 grams=settings.data_dir / "grams",
                 grams_max_bytes=settings.gram_cache_mib * 1024 * 1024,
+                blobs=self._blobs,
+                checkpoint_interval_s=settings.checkpoint_interval_s,
             )
         )
         self.executors.append(executor)
         await executor.start()
-        self._scheduler.add(executor)
+        assert self._application is not None
+        self._application.scheduler.add(executor)
         return executor
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

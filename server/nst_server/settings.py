@@ -38,6 +38,18 @@ class Settings(BaseSettings):
         platformdirs.user_data_path("nst"),
         description="Folder of stored styles and their Gram matrices; made if it is not there.",
     )
+    database: str = Field(
+        "",
+        description="URL of the database of jobs, `postgresql://…`; by default an SQLite file in the data folder.",
+    )
+    blobs: str = Field(
+        "",
+        description="URL of where images and checkpoints are kept, `s3://…`, `gs://…`, `az://…`; "
+        "by default the data folder.",
+    )
+    checkpoint_interval_s: float = Field(
+        5, ge=0.1, le=3600, description="A running job's state is kept this often at most, seconds."
+    )
     devices: list[str] = Field(
         ["auto"],
         min_length=1,
