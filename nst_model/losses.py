@@ -21,6 +21,9 @@ from nst_model.options import ContentLoss, StyleLoss
 Targets = Mapping[str, Tensor]
 """What is kept of one style at one layer: statistic's name → tensor."""
 
+POSITIONED = frozenset({StyleLoss.DIRECT, StyleLoss.CROSS})
+"""Losses that compare position by position."""
+
 MAX_DIRECTIONS = 128
 """Directions that the sliced loss projects on, at most."""
 
@@ -167,8 +170,8 @@ class MeanStdLoss(nn.Module):
 class WassersteinLoss(nn.Module):
     """Squared Wasserstein-2 distance between Gaussians of the features' means and covariances, divided by C.
 
-    ‖m - m'‖² + tr(K + K' - 2 (K'^½ K K'^½)^½) (Dowson and Landau, 1982); as style loss by Crowson (2021). A little above
-    0 even where it should be 0, by what `square_roots` leaves unconverged.
+    ‖m - m'‖² + tr(K + K' - 2 (K'^½ K K'^½)^½) (Dowson and Landau, 1982); as style loss by Crowson (2021). A little
+    above 0 even where it should be 0, by what `square_roots` leaves unconverged.
     """
 
     mean: Tensor

@@ -23,11 +23,11 @@ from nst_model.color import gray, moments, recolored, with_luminance
 from nst_model.descent import Closure, Descent, Iterate
 from nst_model.devices import deterministic, resolve_device, resolve_precision
 from nst_model.errors import InvalidImage, InvalidOption
-from nst_model.losses import Targets, mixed_targets, style_targets
+from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
 from nst_model.objective import Objective, interpreted, script
-from nst_model.options import Color, Init, Precision, StyleLoss, StylizeOptions, relative
+from nst_model.options import Color, Init, Padding, Precision, StylizeOptions, relative
 from nst_model.regions import Layout, fitting, layer_weights
 from nst_model.weights import FeatureWeights
 
@@ -88,7 +88,7 @@ class FeatureModel:
         named = {*relative(options.style_layers), *relative(options.content_layers)}
         layers = tuple(layer for layer in self.weights.architecture.layers if layer in named)
         precision = self.precision(options)
-        key = (layers, options.pooling, options.padding, precision)
+        key = (layers, options.pooling, options.padding is Padding.ZEROS, precision)
         if key not in self._trunks:
             self._trunks.clear()  # one at a time: jobs that alternate are rarer than devices short of memory
             self._trunks[key] = build_trunk(
@@ -190,7 +190,8 @@ def stylize(
     Args:
         model: the feature model, on its device.
         content: (3, H, W) RGB in [0, 1], already of the size that the result shall have.
-        styles: of the sizes they have beside the finished picture; smaller at coarser scales.
+        styles: of the sizes they have beside the finished picture; smaller at coarser scales. Those that are compared
+            position by position are stretched to the picture's size.
         options: see StylizeOptions. `size_px` and `style_scale` are the caller's affair.
         start: (3, H, W) RGB in [0, 1], the picture that Init.IMAGE starts from; of any size.
         targets_of: in place of `model.style_targets`, to keep what it returns.
@@ -203,7 +204,7 @@ def stylize(
     with deterministic() if options.deterministic else contextlib.nullcontext():
         scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
         edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
-        descent = Descent(options, [edge**2 for edge in edges], stop)
+        descent = Descent(options, [scene.pixels(edge) for edge in edges], stop)
         picture = scene.starting_picture(start)
         for edge in edges:
             closure = scene.closure(edge, at_content=edge == edges[0] and options.init is Init.CONTENT, stop=stop)
@@ -243,6 +244,11 @@ class _Scene:
         """Return the height and width of the picture with a longer edge, pixels."""
         return size_of(self._content, edge)
 
+    def pixels(self, edge: int) -> int:
+        """Return how many pixels are optimized when the longer edge has so many: the margin's count too."""
+        height, width = (length + 2 * self._options.margin_px for length in self.size(edge))
+        return height * width
+
     def closure(self, edge: int, *, at_content: bool, stop: threading.Event | None) -> Closure | None:
         """Return the objective at the scale of a longer edge, pixels; None if it is not wanted any more.
 
@@ -258,13 +264,18 @@ class _Scene:
                 if stop is not None and stop.is_set():
                     return None
                 if style.weight > 0:
-                    parts.append((style.weight, self._targets_of(style.scaled(smaller), self._options)))
+                    sized = style.scaled(smaller)
+                    if self._options.style_loss in POSITIONED:
+                        sized = dataclasses.replace(sized, picture=of_size(sized.picture, self.size(edge)))
+                    parts.append((style.weight, self._targets_of(sized, self._options)))
             targets.append(mixed(parts))
-        objective = self._model.objective(targets, self._options, self._layout.shares)
-        regions = None
-        if self._layout.regions is not None:
-            architecture = self._model.weights.architecture
+        if self._layout.regions is None:
+            objective, regions = self._model.objective(targets, self._options), None
+        else:
             masks = mirrored(fitting(self._layout.regions, self.size(edge)), margin)
+            # By area, so that every pixel is painted alike.
+            objective = self._model.objective(targets, self._options, masks.mean(dim=(1, 2)).tolist())
+            architecture = self._model.weights.architecture
             found = layer_weights(masks, here.shape[1:], objective.style_layers, architecture)
             regions = {layer: weights.to(here.device) for layer, weights in found.items()}
         return Closure(objective, None if at_content else content_targets(objective, here), regions)
@@ -295,8 +306,8 @@ class _Scene:
         raise AssertionError(options.init)
 
     def shown(self, picture: Tensor) -> Tensor:
-        """Return what is shown of an iterate: without the margin, and in luminance mode with the photograph's chroma."""
-        picture = trimmed(picture, self._options.margin_px)
+        """Return what is shown of an iterate: without the margin, in luminance mode with the photograph's chroma."""
+        picture = trimmed(picture, self._options.margin_px).contiguous()
         if not self._luminance_only:
             return picture
         return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
@@ -354,7 +365,7 @@ def _check(content: Tensor, styles: Sequence[Style], options: StylizeOptions, st
             raise InvalidOption(f"styles[{number}].weight", f"must be finite and at least 0, not {style.weight}")
         _check_mask(style.region, f"styles[{number}].region")
         _check_mask(style.mask, f"styles[{number}].mask")
-        if style.mask is not None and options.style_loss in (StyleLoss.DIRECT, StyleLoss.CROSS):
+        if style.mask is not None and options.style_loss in POSITIONED:
             raise InvalidOption(
                 "style_loss", f"{options.style_loss} compares position by position, so no style may have a mask"
             )
