@@ -43,12 +43,13 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True)
 class Iterate:
-    """One point of the optimization: a picture and the objective at that very picture.
+    """One point of the optimization: a picture and the objective at it, its margin included if it has one.
 
     Attributes:
         index: 0 for the starting picture, 1 after the first step, and so on, through all scales.
         iterations: index of the last iterate, if nothing ends the run before.
-        work: part of the run's work that is done, in (0, 1]: an iteration's work is its number of pixels.
+        work: part of the run's work that is done, in (0, 1]: an iteration's work is its number of pixels, those of a
+            margin included.
         picture: (3, H, W) RGB on the device, of its scale's size, unclipped. Never modified afterwards. With
             averaging, the average, at which the objective is not known; in luminance mode, with the photo's chroma.
         loss: the objective. Losses of different scales are not comparable.

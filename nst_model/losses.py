@@ -21,6 +21,9 @@ from nst_model.options import ContentLoss, StyleLoss
 Targets = Mapping[str, Tensor]
 """What is kept of one style at one layer: statistic's name → tensor."""
 
+POSITIONED = frozenset({StyleLoss.DIRECT, StyleLoss.CROSS})
+"""Losses that compare position by position."""
+
 MAX_DIRECTIONS = 128
 """Directions that the sliced loss projects on, at most."""
 

@@ -76,12 +76,10 @@ class Layout:
     Attributes:
         members: for each region, the places of its styles in the caller's list.
         regions: (R, H, W), summing to 1 or less at every pixel; None for one region everywhere.
-        shares: how much each region's style loss counts: its part of the picture's area.
     """
 
     members: tuple[tuple[int, ...], ...]
     regions: Tensor | None
-    shares: tuple[float, ...]
 
     @classmethod
     def of(cls, masks: Sequence[Tensor | None], weights: Sequence[float]) -> Layout:
@@ -92,7 +90,7 @@ class Layout:
         """
         everywhere = tuple(place for place, mask in enumerate(masks) if mask is None)
         if len(everywhere) == len(masks):
-            return cls((everywhere,), None, (1.0,))
+            return cls((everywhere,), None)
         different, members = _grouped(masks)
         regions = partition(different, rest=bool(everywhere))
         if everywhere:
@@ -105,8 +103,7 @@ class Layout:
         ]
         if not kept:
             raise InvalidOption("styles", "must have a weight above 0 somewhere in the picture")
-        # By area, so that every pixel is painted alike.
-        return cls(tuple(members[region] for region in kept), regions[kept], tuple(areas[region] for region in kept))
+        return cls(tuple(members[region] for region in kept), regions[kept])
 
 
 def _grouped(masks: Sequence[Tensor | None]) -> tuple[list[Tensor], list[tuple[int, ...]]]:

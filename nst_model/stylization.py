@@ -24,7 +24,7 @@ from nst_model.color import gray, moments, recolored, with_luminance
 from nst_model.descent import Closure, Descent, Iterate
 from nst_model.devices import deterministic, resolve_device, resolve_precision
 from nst_model.errors import DamagedState, InvalidImage, InvalidOption
-from nst_model.losses import Targets, mixed_targets, style_targets
+from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
 from nst_model.objective import Objective, interpreted, script
@@ -33,8 +33,8 @@ from nst_model.options import (
     STEERABLE,
     Color,
     Init,
+    Padding,
     Precision,
-    StyleLoss,
     StylizeOptions,
     plain,
     relative,
@@ -101,7 +101,7 @@ class FeatureModel:
         named = {*relative(options.style_layers), *relative(options.content_layers)}
         layers = tuple(layer for layer in self.weights.architecture.layers if layer in named)
         precision = self.precision(options)
-        key = (layers, options.pooling, options.padding, precision)
+        key = (layers, options.pooling, options.padding is Padding.ZEROS, precision)
         if key not in self._trunks:
             self._trunks.clear()  # one at a time: jobs that alternate are rarer than devices short of memory
             self._trunks[key] = build_trunk(
@@ -203,7 +203,8 @@ def stylize(
     Args:
         model: the feature model, on its device.
         content: (3, H, W) RGB in [0, 1], already of the size that the result shall have.
-        styles: of the sizes they have beside the finished picture; smaller at coarser scales.
+        styles: of the sizes they have beside the finished picture; smaller at coarser scales. Those that are compared
+            position by position are stretched to the picture's size.
         options: see StylizeOptions. `size_px` and `style_scale` are the caller's affair.
         start: (3, H, W) RGB in [0, 1], the picture that Init.IMAGE starts from; of any size.
         targets_of: in place of `model.style_targets`, to keep what it returns.
@@ -243,7 +244,7 @@ class Stylization:
         with self._repeatable():
             self._scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
         self._edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
-        self._descent = Descent(options, [edge**2 for edge in self._edges], stop)
+        self._descent = Descent(options, self._pixels(), stop)
 
     def __iter__(self) -> Iterator[Iterate]:
         """Yield the iterates that are left; see `stylize`."""
@@ -301,8 +302,11 @@ class Stylization:
         if state.values["edges"] != self._edges or dataclasses.replace(self.options, **same) != kept:
             raise DamagedState("the kept state is that of a run with other options or pictures")
         self.options = self._scene.options = kept
-        self._descent = Descent(kept, [edge**2 for edge in self._edges], self._stop)
+        self._descent = Descent(kept, self._pixels(), self._stop)
         self._descent.restore(state.to(self._model.device))
+
+    def _pixels(self) -> list[int]:
+        return [self._scene.pixels(edge) for edge in self._edges]
 
     def _repeatable(self) -> AbstractContextManager[None]:
         return deterministic() if self.options.deterministic else contextlib.nullcontext()
@@ -344,6 +348,11 @@ class _Scene:
         """Return the height and width of the picture with a longer edge, pixels."""
         return size_of(self._content, edge)
 
+    def pixels(self, edge: int) -> int:
+        """Return how many pixels are optimized when the longer edge has so many: the margin's count too."""
+        height, width = (length + 2 * self.options.margin_px for length in self.size(edge))
+        return height * width
+
     def closure(self, edge: int, *, at_content: bool, stop: threading.Event | None) -> Closure | None:
         """Return the objective at the scale of a longer edge, pixels; None if it is not wanted any more.
 
@@ -359,13 +368,18 @@ class _Scene:
                 if stop is not None and stop.is_set():
                     return None
                 if style.weight > 0:
-                    parts.append((style.weight, self._targets_of(style.scaled(smaller), self.options)))
+                    sized = style.scaled(smaller)
+                    if self.options.style_loss in POSITIONED:
+                        sized = dataclasses.replace(sized, picture=of_size(sized.picture, self.size(edge)))
+                    parts.append((style.weight, self._targets_of(sized, self.options)))
             targets.append(mixed(parts))
-        objective = self._model.objective(targets, self.options, self._layout.shares)
-        regions = None
-        if self._layout.regions is not None:
-            architecture = self._model.weights.architecture
+        if self._layout.regions is None:
+            objective, regions = self._model.objective(targets, self.options), None
+        else:
             masks = mirrored(fitting(self._layout.regions, self.size(edge)), margin)
+            # By area, so that every pixel is painted alike.
+            objective = self._model.objective(targets, self.options, masks.mean(dim=(1, 2)).tolist())
+            architecture = self._model.weights.architecture
             found = layer_weights(masks, here.shape[1:], objective.style_layers, architecture)
             regions = {layer: weights.to(here.device) for layer, weights in found.items()}
         return Closure(objective, None if at_content else content_targets(objective, here), regions)
@@ -397,7 +411,7 @@ class _Scene:
 
     def shown(self, picture: Tensor) -> Tensor:
         """Return what is shown of an iterate: without the margin, in luminance mode with the photograph's chroma."""
-        picture = trimmed(picture, self.options.margin_px)
+        picture = trimmed(picture, self.options.margin_px).contiguous()
         if not self._luminance_only:
             return picture
         return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
@@ -455,7 +469,7 @@ def _check(content: Tensor, styles: Sequence[Style], options: StylizeOptions, st
             raise InvalidOption(f"styles[{number}].weight", f"must be finite and at least 0, not {style.weight}")
         _check_mask(style.region, f"styles[{number}].region")
         _check_mask(style.mask, f"styles[{number}].mask")
-        if style.mask is not None and options.style_loss in (StyleLoss.DIRECT, StyleLoss.CROSS):
+        if style.mask is not None and options.style_loss in POSITIONED:
             raise InvalidOption(
                 "style_loss", f"{options.style_loss} compares position by position, so no style may have a mask"
             )

@@ -243,9 +243,9 @@ def stronger(lab: Lab, report: Report) -> None:
     report.table("stronger", head, [[name, *of.values()] for name, of in facts.items()])
 
 
-def texture(lab: Lab, loss: str, first_size_px: int) -> Tensor:
+def texture(lab: Lab, loss: str, first_size_px: int, padding: str = "mirror") -> Tensor:
     """Return what a style loss makes of noise, with no content at all."""
-    given = {**TEXTURE, "first_size_px": first_size_px}
+    given = {**TEXTURE, "first_size_px": first_size_px, "padding": padding}
     return lab.picture("nothing", STYLE, style_loss=loss, style_weight=lab.style_weights(PHOTO, STYLE)[loss], **given)
 
 
@@ -266,14 +266,14 @@ def textures(lab: Lab, report: Report) -> None:
 
 
 def beginnings(lab: Lab, report: Report) -> None:
-    """Show what the size to begin at makes of a texture."""
+    """Show what the size to begin at, and the edge, make of a texture."""
     style = lab.styles[STYLE]
     other = next(name for name in lab.styles if name != STYLE)
-    made = {
-        f"{loss} from {min(first, lab.size_px)} px": texture(lab, loss, first)
-        for loss in ("gram", "wasserstein")
-        for first in FIRST_SIZES_PX
-    }
+    made = {}
+    for loss in ("gram", "wasserstein"):
+        made[f"{loss}, no margin"] = texture(lab, loss, FIRST_SIZES_PX[0], "replicate")
+        for first in FIRST_SIZES_PX:
+            made[f"{loss} from {min(first, lab.size_px)} px"] = texture(lab, loss, first)
     report.sheet("beginnings", sheet_rows([], made))
     made[f"nothing: {other}, another style"] = lab.styles[other]
     judged = judgements(lab, made, style, unit=lab.styles[other])

@@ -236,9 +236,10 @@ def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:
             for part in image_to_proto(image):
                 yield _event(event, frame=job_pb2.Frame(iteration=iteration, skipped=skipped, image=part))
         case Finished(result, data):
-            numbers = {"iteration": result.iteration, "loss": result.loss, "stop_reason": _stop_reason(result)}
+            reason = _stop_reason(result)
             for part in image_to_proto(EncodedImage(data, result.format, result.width, result.height)):
-                yield _event(event, result=job_pb2.Result(image=part, **numbers))
+                message = job_pb2.Result(image=part, iteration=result.iteration, loss=result.loss, stop_reason=reason)
+                yield _event(event, result=message)
         case Heartbeat():
             yield _event(event, heartbeat=job_pb2.Heartbeat())
 
@@ -393,7 +394,7 @@ def _request_id(text: str) -> str:
     return text
 
 
-def _stop_reason(result: StoredResult) -> job_pb2.StopReason:
+def _stop_reason(result: StoredResult) -> Any:
     return job_pb2.StopReason.Value(f"STOP_REASON_{result.stop_reason.upper()}")
 
 

@@ -36,7 +36,7 @@ class GramKey(NamedTuple):
     size_px: int
     base_px: int
     pooling: str
-    padding: str
+    padding: str  # with the margin's width, if it has one
     precision: str
 
 

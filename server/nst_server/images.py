@@ -87,7 +87,7 @@ class Kind:
 
 def kind_of(data: bytes) -> Kind:
     """Return what an image file that has been decoded before says of itself."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+    with Image.open(io.BytesIO(data), formats=READABLE) as picture:
         width, height = ImageOps.exif_transpose(picture).size if picture.getexif().get(0x0112, 1) > 4 else picture.size
         return Kind(width, height, Image.MIME[picture.format or ""])
 

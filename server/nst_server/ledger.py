@@ -14,7 +14,6 @@ import structlog
 
 from nst_server import archive
 from nst_server.errors import NotFound, RequestError, RequestIdReused
-from nst_server.images import EncodedImage
 from nst_server.jobs import Event, Job, JobSnapshot, JobState
 from nst_server.journal import Journal
 from nst_server.messages import Checkpoint

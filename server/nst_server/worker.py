@@ -219,7 +219,7 @@ class Worker:
                 size_px=max(style.picture.shape[1:]),
                 base_px=base_px[style.name],
                 pooling=options.pooling,
-                padding=options.padding,
+                padding=f"{options.padding}{options.margin_px or ''}",
                 precision=model.precision(options),
             )
             layers = [layer for layer, weight in options.style_layers.items() if weight > 0]

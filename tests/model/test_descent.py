@@ -166,7 +166,7 @@ def test_starts(tiny_model: FeatureModel, picture: Picture, init: str) -> None:
 
 
 def test_a_run_goes_on_from_anothers_result(tiny_model: FeatureModel, picture: Picture) -> None:
-    """Its loss begins where the other ended. Of a picture so small a mirrored margin would be the larger part."""
+    """Its loss begins where the other ended. A margin, of so small a picture the larger part, would be made anew."""
     options = {"iterations": 15, "first_size_px": 512, "padding": "replicate"}
     first = run(tiny_model, picture, **options)[-1]
     start = first.picture.clamp(0, 1)

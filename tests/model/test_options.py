@@ -86,7 +86,36 @@ def test_layer_weights_are_relative() -> None:
 
 
 def test_presets_are_pinned() -> None:
-    """What each preset changes in the defaults is a promise."""
+    """The defaults, which are those of `fine`, and what each preset changes in them are a promise."""
+    values = {field.name: getattr(StylizeOptions(), field.name) for field in dataclasses.fields(StylizeOptions)}
+    assert values == {
+        "size_px": 512,
+        "iterations": 20,
+        "content_weight": 0.025,
+        "style_weight": 1.0,
+        "content_layers": {"relu4_2": 1.0},
+        "style_layers": {"relu1_1": 256.0, "relu2_1": 64.0, "relu3_1": 16.0, "relu4_1": 4.0, "relu5_1": 1.0},
+        "style_scale": 1.0,
+        "init": "content",
+        "seed": 0,
+        "pooling": "max",
+        "precision": "auto",
+        "history": 20,
+        "preset": "fine",
+        "style_loss": "wasserstein",
+        "content_loss": "squared_error",
+        "first_size_px": 128,
+        "tv_weight": 20.0,
+        "padding": "mirror",
+        "scale_iterations": (),
+        "optimizer": "lbfgs",
+        "learning_rate": 0.02,
+        "averaging": 0.0,
+        "color": "style",
+        "tv_norm": "l2",
+        "laplacian_weight": 0.0,
+        "deterministic": False,
+    }
     assert {preset: dict(found.values) for preset, found in PRESETS.items()} == {
         "fine": {},
         "gatys": {

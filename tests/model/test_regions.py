@@ -12,6 +12,7 @@ from nst_model import FeatureModel, InvalidImage, InvalidOption, Style, StyleLos
 from nst_model.architecture import VGG16
 from nst_model.losses import STYLE_LOSSES, covariance, gram, style_targets
 from nst_model.regions import Layout, layer_weights, partition
+from nst_model.stylization import _Scene
 
 Picture = Callable[[int, int, int], torch.Tensor]
 
@@ -119,21 +120,42 @@ def test_equal_weights_change_nothing(loss: StyleLoss) -> None:
     )
 
 
-def test_layout_groups_equal_masks_and_shares_by_area() -> None:
-    """A quarter of the area has a quarter of the style loss, whatever its styles weigh."""
+def test_layout_groups_equal_masks() -> None:
+    """Styles of one region are mixed, whatever they weigh."""
     quarter = torch.zeros(8, 8)
     quarter[:4, :4] = 1
     layout = Layout.of([quarter, None, quarter.clone()], [1.5, 1, 0.5])
     assert layout.members == ((0, 2), (1,))
-    assert layout.shares == pytest.approx((0.25, 0.75))
-    alone = Layout.of([quarter], [3])
-    assert alone.shares == pytest.approx((0.25,))
+    assert layout.regions is not None
+    assert torch.equal(layout.regions, torch.stack((quarter, 1 - quarter)))
 
 
 def test_layout_without_masks_is_one_region() -> None:
     """The plain way costs nothing."""
     layout = Layout.of([None, None], [1, 2])
-    assert (layout.members, layout.regions, layout.shares) == (((0, 1),), None, (1.0,))
+    assert (layout.members, layout.regions) == (((0, 1),), None)
+
+
+@pytest.mark.parametrize("padding", ["replicate", "mirror"])
+def test_regions_share_the_style_loss_by_area(tiny_model: FeatureModel, picture: Picture, padding: str) -> None:
+    """So that every pixel is painted alike; a margin's pixels count as much as others."""
+    band = torch.zeros(64, 96)
+    band[:, :12] = 1
+    options = StylizeOptions(padding=padding, first_size_px=512)
+    styles = [Style(picture(48, 48, 1), region=band), Style(picture(48, 48, 2))]
+    scene = _Scene(tiny_model, picture(64, 96, 3), styles, options, tiny_model.style_targets)
+    closure = scene.closure(96, at_content=False, stop=None)
+    assert closure is not None
+    assert closure._regions is not None
+    (shares,) = {tuple(layer.shares) for layer in closure._objective.style.children()}
+    margin = options.margin_px
+    # The edge itself is not repeated: a band 12 px wide has 11 of its own and 5 of the other's in 16 px of margin.
+    mirrored_px = 12 + min(margin, 11)
+    assert shares[0] == pytest.approx(mirrored_px / (96 + 2 * margin))
+    assert sum(shares) == pytest.approx(1)
+    # Deep in each region, where weights are whole, a position pulls as hard as in the other.
+    pull = [share * float(weights.max()) for share, weights in zip(shares, closure._regions["relu1_1"], strict=True)]
+    assert pull[0] == pytest.approx(pull[1], rel=0.2)
 
 
 def test_layout_leaves_out_what_is_nowhere() -> None:

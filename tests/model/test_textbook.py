@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -194,6 +196,65 @@ def test_scripted_module_is_the_eager_one_with_every_extra(
     assert torch.equal(gradient, scripted_gradient)
     assert all(torch.equal(one, other) for one, other in zip(begun[0], separate[0], strict=True))
     assert torch.equal(begun[1], separate[1])
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "style_loss": tuple(StyleLoss),
+    "content_loss": tuple(ContentLoss),
+    "pooling": tuple(Pooling),
+    "padding": tuple(Padding),
+    "precision": (Precision.FP32, Precision.BF16),
+    "tv_norm": ("l1", "l2"),
+    "laplacian_weight": (0.0, 3.0),
+    "regions": (1, 2),
+}
+
+
+def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Return few combinations in which every two choices meet."""
+    open_pairs = {
+        (one, a, other, b)
+        for one, other in itertools.combinations(choices, 2)
+        for a in choices[one]
+        for b in choices[other]
+    }
+    found: list[dict[str, Any]] = []
+    random = np.random.default_rng(1)
+
+    def met(combination: dict[str, Any]) -> set[tuple[str, Any, str, Any]]:
+        pairs = itertools.combinations(combination.items(), 2)
+        return {(one, a, other, b) for (one, a), (other, b) in pairs} & open_pairs
+
+    while open_pairs:
+        tries = [{name: values[random.integers(len(values))] for name, values in choices.items()} for _ in range(200)]
+        best = max(tries, key=lambda combination: len(met(combination)))
+        open_pairs -= met(best)
+        found.append(best)
+    return found
+
+
+@pytest.mark.parametrize("combination", pairwise(CHOICES), ids=lambda choice: "-".join(str(v) for v in choice.values()))
+def test_every_two_choices_can_be_scripted_together(
+    tiny_weights: FeatureWeights, picture: Picture, combination: dict[str, Any]
+) -> None:
+    """And give the eager module's losses and gradient, bit for bit."""
+    given = dict(combination)
+    count = given.pop("regions")
+    options = StylizeOptions(**given, style_layers={"relu1_1": 1, "relu3_1": 1})
+    model = FeatureModel(tiny_weights, "cpu")
+    styles = [model.style_targets(Style(picture(40, 44, seed)), options) for seed in range(count)]
+    eager = Objective(model.trunk(options), styles, options, (0.3, 0.7)[:count])
+    image, content = picture(41, 35, 2)[None], picture(41, 35, 3)[None]
+    left = torch.zeros(41, 35)
+    left[:, :15] = 1
+    masks = torch.stack((left, 1 - left))
+    regions = layer_weights(masks, (41, 35), eager.style_layers, VGG16) if count == 2 else None
+    losses, gradient = eager.loss_and_gradient(image, eager.content_targets(content), regions)
+    scripted = script(eager)
+    with interpreted():
+        again, gradient_again = scripted.loss_and_gradient(image, scripted.content_targets(content), regions)
+    assert all(torch.equal(one, other) for one, other in zip(losses, again, strict=True))
+    assert torch.equal(gradient, gradient_again)
 
 
 def test_bf16_stays_close_to_fp32(tiny_model: FeatureModel, picture: Picture) -> None:
