@@ -98,7 +98,7 @@ class Application:
         snapshot = JobSnapshot.queued(spec, request.request_id)
         for sha256, data in files.items():
             kind = await self._decode(images.kind_of, data)
-            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256, caller)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=sha256, caller=caller)
         record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
         if not new:
             job = self._ledger.job(record)

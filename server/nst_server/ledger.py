@@ -151,7 +151,7 @@ class Ledger:
         return True
 
     async def keep_image(
-        self, data: bytes, width: int, height: int, media_type: str, sha256: str = "", caller: str = ""
+        self, data: bytes, width: int, height: int, media_type: str, *, sha256: str = "", caller: str = ""
     ) -> None:
         """Keep an image file."""
         now = datetime.now(UTC)

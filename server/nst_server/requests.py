@@ -129,7 +129,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class JobUpdate:
-    """Changes of a job: options by name, whether it is to wait, whether it is enough. None leaves things as they are."""
+    """Changes of a job: options by name, whether it is to wait (None: as it does now), whether it is enough."""
 
     changes: Mapping[str, Any]
     paused: bool | None = None

@@ -24,8 +24,8 @@ from nst.v1 import (
 )
 from nst_server.application import Application
 from nst_server.executor import ProcessExecutor
-from nst_server.messages import WorkerConfig
 from nst_server.ledger import Ledger
+from nst_server.messages import WorkerConfig
 from nst_server.services import Admission, ModelServicer, StyleServicer, StyleTransferServicer
 from nst_server.settings import Settings
 from nst_server.storage.blobs import Blobs

@@ -13,13 +13,12 @@ class Waiting(Generic[Item]):
 
     def __init__(self) -> None:
         self._lines: dict[str, list[Item]] = {}  # the caller whose turn it is first
-        self._callers: dict[int, str] = {}
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
 
     def __contains__(self, item: object) -> bool:
-        return id(item) in self._callers
+        return any(item in line for line in self._lines.values())
 
     def __iter__(self) -> Iterator[Item]:
         """Yield the items in the order in which they would be taken."""
@@ -31,7 +30,6 @@ class Waiting(Generic[Item]):
         """Let an item wait behind the others of its caller, or before them."""
         line = self._lines.setdefault(caller, [])
         line.insert(0 if first else len(line), item)
-        self._callers[id(item)] = caller
 
     def take(self) -> Item:
         """Take the item whose turn it is. Raises LookupError if there is none."""
@@ -42,12 +40,13 @@ class Waiting(Generic[Item]):
         item = line.pop(0)
         if line:
             self._lines[caller] = line  # behind all others
-        del self._callers[id(item)]
         return item
 
     def remove(self, item: Item) -> None:
         """Take an item out of its turn. Raises LookupError if it does not wait."""
-        caller = self._callers.pop(id(item))
+        caller = next((caller for caller, line in self._lines.items() if item in line), None)
+        if caller is None:
+            raise LookupError(f"{item} does not wait")
         self._lines[caller].remove(item)
         if not self._lines[caller]:
             del self._lines[caller]

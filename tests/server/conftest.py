@@ -315,7 +315,7 @@ async def serve(
 
 def idle(server: Server) -> bool:
     """Return whether a server computes nothing and nothing waits in it."""
-    scheduler = server._scheduler
+    scheduler = server._application.scheduler
     waiting = scheduler._waiting or scheduler._reserved or scheduler._preparations
     return not (waiting or scheduler._running or scheduler._endings)
 

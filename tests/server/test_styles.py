@@ -381,7 +381,7 @@ async def test_a_full_or_read_only_data_folder_is_said_clearly(
         await delete(client, "fits")
         filling.unlink()
         await create(client, "fits", noise(300, 300))
-        await until(lambda: not server._scheduler._preparations)
+        await until(lambda: not server._application.scheduler._preparations)
 
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for call in (client.styles.CreateStyle(creation("more")), delete(client, "fits")):

@@ -73,7 +73,7 @@ async def test_the_death_of_a_worker_takes_down_its_own_job_only(serve: Callable
         assert "cpu" in told.job.error.message
 
     running = asyncio.create_task(killed_while_running())
-    await until(lambda: bool(server._scheduler._running))
+    await until(lambda: bool(server._application.scheduler._running))
     waiting = asyncio.create_task(client.told(ask()))
     first_pid = executor.pid
     await running
