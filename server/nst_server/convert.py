@@ -14,7 +14,15 @@ from google.protobuf import struct_pb2, timestamp_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
 
-from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
+from nst.v1 import (
+    image_pb2,
+    image_service_pb2,
+    job_pb2,
+    model_service_pb2,
+    options_pb2,
+    style_service_pb2,
+    style_transfer_service_pb2,
+)
 from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions
 from nst_model.options import MAX_WEIGHT, PRESETS, bounds_of, default_of
 from nst_server.errors import InvalidField
@@ -30,8 +38,10 @@ from nst_server.jobs import (
     StateChanged,
     StoredResult,
 )
+from nst_server.library import Upload
 from nst_server.messages import Progressed
 from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source
+from nst_server.storage.records import ImageRecord
 from nst_server.styles import Style
 
 PART_BYTES = 2 * 1024 * 1024
@@ -310,6 +320,43 @@ def progress_to_proto(progress: Progressed) -> job_pb2.Progress:
         elapsed_s=progress.elapsed_s,
         iterations_per_second=progress.iterations_per_second,
         remaining_s=progress.remaining_s,
+    )
+
+
+def upload_to_proto(upload: Upload) -> image_service_pb2.Upload:
+    """Return an upload as a message."""
+    return image_service_pb2.Upload(
+        name=f"uploads/{upload.id}",
+        total_bytes=upload.total_bytes,
+        received_bytes=upload.received_bytes,
+        image=f"images/{upload.image}" if upload.image else "",
+    )
+
+
+def image_record_to_proto(image: ImageRecord) -> image_service_pb2.StoredImage:
+    """Return what is known of a stored image as a message."""
+    return image_service_pb2.StoredImage(
+        name=f"images/{image.sha256}",
+        total_bytes=image.bytes,
+        width=image.width,
+        height=image.height,
+        media_type=image.mime,
+        create_time=_timestamp(image.create_time),
+    )
+
+
+def stored_part_to_proto(image: ImageRecord, offset: int, data: bytes) -> image_pb2.ImagePart:
+    """Return a part of a stored image as a message."""
+    file_format = image.mime.removeprefix("image/").upper()
+    known = file_format in ImageFormat.__members__
+    return image_pb2.ImagePart(
+        format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{file_format if known else 'UNSPECIFIED'}"),
+        width=image.width,
+        height=image.height,
+        total_bytes=image.bytes,
+        offset=offset,
+        data=data,
+        sha256=image.sha256 if offset + len(data) == image.bytes else "",
     )
 
 

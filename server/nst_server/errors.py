@@ -13,6 +13,7 @@ RequestError
 ├── StorageDamaged       what is stored is not what was written
 ├── StorageUnavailable   the database or the object store does not answer
 ├── Unread               the caller left its stream unread for too long
+├── PartMissing          a part of an upload before this one is not here
 ├── Moved                another server has taken a job over
 ├── Internal             something nobody foresaw
 └── Stopping             the server is about to stop
@@ -125,6 +126,20 @@ class Unread(RequestError):
     """The caller left its stream unread for too long."""
 
     reason = "STREAM_UNREAD"
+
+
+class PartMissing(RequestError):
+    """A part of an upload before this one is not here.
+
+    Attributes:
+        received_bytes: how many bytes, from the first on, are.
+    """
+
+    reason = "PART_MISSING"
+
+    def __init__(self, received_bytes: int) -> None:
+        super().__init__(f"offset: only {received_bytes} bytes are here; go on from there")
+        self.received_bytes = received_bytes
 
 
 class Moved(RequestError):

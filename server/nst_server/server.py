@@ -15,6 +15,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from nst.v1 import (
+    image_service_pb2,
+    image_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     style_service_pb2,
@@ -25,8 +27,9 @@ from nst.v1 import (
 from nst_server.application import Application
 from nst_server.executor import ProcessExecutor
 from nst_server.ledger import Ledger
+from nst_server.library import Library
 from nst_server.messages import WorkerConfig
-from nst_server.services import Admission, ModelServicer, StyleServicer, StyleTransferServicer
+from nst_server.services import Admission, ImageServicer, ModelServicer, StyleServicer, StyleTransferServicer
 from nst_server.settings import Settings
 from nst_server.storage.blobs import Blobs
 from nst_server.storage.database import JobStore
@@ -37,6 +40,7 @@ SERVICES = (
     style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"].full_name,
     style_service_pb2.DESCRIPTOR.services_by_name["StyleService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name,
 )
 AFTERMATH_S = 2.0
 """How long streams get to deliver their last events once their jobs have ended, seconds."""
@@ -107,6 +111,11 @@ class Server:
         )
         style_service_pb2_grpc.add_StyleServiceServicer_to_server(StyleServicer(application), self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(application), self._grpc)
+        max_bytes = settings.max_image_mib * 1024 * 1024
+        library = Library(self._ledger, max_bytes, settings.max_megapixels * 1_000_000)
+        image_service_pb2_grpc.add_ImageServiceServicer_to_server(
+            ImageServicer(library, settings.write_timeout_s), self._grpc
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self.address = self._bind(settings.listen)

@@ -14,6 +14,7 @@ import structlog
 from google.protobuf import empty_pb2
 
 from nst.v1 import (
+    image_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     style_service_pb2,
@@ -25,6 +26,7 @@ from nst_server import convert
 from nst_server.application import Application
 from nst_server.errors import Internal, InvalidField, Moved, RequestError, Unread
 from nst_server.jobs import Job, PreviewSpec
+from nst_server.library import Library
 from nst_server.status import abort
 from nst_server.styles import Style
 
@@ -196,6 +198,44 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         except TimeoutError:
             log.warning("client cut off: it left its stream unread", job=job.name, seconds=self._write_timeout_s)
             raise Unread(f"the stream was left unread for {self._write_timeout_s:g} s") from None
+
+
+class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
+    """Takes and gives images that are larger than one message."""
+
+    def __init__(self, library: Library, write_timeout_s: float) -> None:
+        self._library = library
+        self._write_timeout_s = write_timeout_s
+
+    @refusing
+    async def CreateUpload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Begin an upload."""
+        return convert.upload_to_proto(await self._library.create(request.total_bytes, request.sha256))
+
+    @refusing
+    async def GetUpload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Return how far an upload has come."""
+        return convert.upload_to_proto(await self._library.get(request.name))
+
+    @refusing
+    async def WriteUpload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Add a part to an upload."""
+        return convert.upload_to_proto(await self._library.write(request.name, request.offset, request.data))
+
+    @refusing
+    async def GetImage(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Describe an image."""
+        return convert.image_record_to_proto(await self._library.describe(request.name))
+
+    @refusing
+    async def DownloadImage(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Stream an image's file."""
+        image = await self._library.describe(request.name)
+        if not 0 <= request.offset <= image.bytes:
+            raise InvalidField("offset", f"must be from 0 to {image.bytes}, not {request.offset}")
+        async for offset, data in self._library.read(image, request.offset):
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(convert.stored_part_to_proto(image, offset, data))
 
 
 class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):

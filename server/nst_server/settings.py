@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     )
     queue_size: int = Field(16, ge=0, le=10_000, description="Jobs that may wait; one more is refused, with RetryInfo.")
     max_message_mib: int = Field(32, ge=4, le=1024, description="Largest request, MiB.")
+    max_image_mib: int = Field(256, ge=1, le=1024, description="Largest image file that may be uploaded in parts, MiB.")
     max_megapixels: int = Field(100, ge=1, le=1000, description="Largest picture a request may bring, million pixels.")
     max_size_px: int = Field(4096, ge=16, le=4096, description="Largest `size_px` a job may ask for, pixels.")
     max_streams: int = Field(1000, ge=1, le=100_000, description="Calls served at once; one more is refused.")

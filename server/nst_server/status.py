@@ -17,6 +17,7 @@ from nst_server.errors import (
     ModelNotFetched,
     Moved,
     NotFound,
+    PartMissing,
     QueueFull,
     RequestError,
     RequestIdReused,
@@ -44,6 +45,7 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
     Unread: grpc.StatusCode.UNAVAILABLE,
     Moved: grpc.StatusCode.UNAVAILABLE,
+    PartMissing: grpc.StatusCode.OUT_OF_RANGE,
     Internal: grpc.StatusCode.INTERNAL,
     Stopping: grpc.StatusCode.UNAVAILABLE,
 }
@@ -67,7 +69,8 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError
 
 
 def _details(error: RequestError) -> list[Any]:
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    metadata = {"received_bytes": str(error.received_bytes)} if isinstance(error, PartMissing) else {}
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if isinstance(error, InvalidField | NotFound):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=_short(error.field), description=_short(error.problem)

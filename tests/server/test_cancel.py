@@ -154,7 +154,10 @@ async def test_a_client_may_leave_between_result_and_last_event(caller: Caller, 
     for _ in range(5):
         call = caller.jobs.Stylize(ask())
         await read_until(call, "snapshot")
-        (job,) = [*shared._application.scheduler._waiting, *(job for job, _ in shared._application.scheduler._running.values())]
+        (job,) = [
+            *shared._application.scheduler._waiting,
+            *(job for job, _ in shared._application.scheduler._running.values()),
+        ]
         await read_until(call, "result")
         call.cancel()
         assert job.state == "succeeded"
