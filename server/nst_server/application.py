@@ -69,7 +69,7 @@ class Application:
 
     async def take_up(self) -> None:
         """Queue what an earlier server has left undone."""
-        for record in await self._ledger.left():
+        for record in await self._ledger.left(alone=not self._settings.database):
             job = self._ledger.job(record)
             self._jobs[job.name] = job
             if job.state is JobState.RUNNING:

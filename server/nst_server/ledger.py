@@ -116,13 +116,19 @@ class Ledger:
         records = await self.store.list(caller, [state.value for state in states], page_size, before)
         return [self.job(record) for record in records]
 
-    async def left(self) -> list[JobRecord]:
-        """Take over what servers that are gone have left, and return the jobs that have not ended, oldest first."""
-        await self.store.release_expired(datetime.now(UTC))
+    async def left(self, *, alone: bool) -> list[JobRecord]:
+        """Take over what servers that are gone have left, and return the jobs that have not ended, oldest first.
+
+        `alone` says that no other server can be using the store: then nobody's lease needs to be waited for.
+        """
         open_states = [state.value for state in JobState if not state.terminal]
-        return sorted(
-            await self.store.list(states=open_states, page_size=100_000), key=lambda record: record.create_time
-        )
+        found = await self.store.list(states=open_states, page_size=100_000)
+        if alone:
+            for owner in {record.owner for record in found} - {"", self.owner}:
+                await self.store.release(owner)
+        else:
+            await self.store.release_expired(datetime.now(UTC))
+        return sorted((record for record in found if alone or not record.owner), key=lambda record: record.create_time)
 
     async def delete(self, name: str) -> None:
         """Delete a job with its events and checkpoints; its images go when nothing else holds them. Raises NotFound."""
