@@ -226,8 +226,8 @@ async def test_an_upload_that_never_ends_is_given_up(strict: Caller, strict_serv
         client = Caller(address)
         async with client.channel:
             uploading = asyncio.create_task(client.told(ask(content=noise(900, 900))))
-            await until(lambda: strict_server._scheduler._reserved == 1)
-            await until(lambda: strict_server._scheduler._reserved == 0, STRICT_TIMEOUT_S + 2)
+            await until(lambda: strict_server._application.scheduler._reserved == 1)
+            await until(lambda: strict_server._application.scheduler._reserved == 0, STRICT_TIMEOUT_S + 2)
             uploading.cancel()
     assert (await strict.told(ask())).result
 
