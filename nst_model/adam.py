@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,11 +39,28 @@ class Adam:
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps half as long."""
+        self.forget()
         self.x = x
         self._learning_rate /= 2
+
+    def forget(self) -> None:
+        """Go on from where it is, without memory."""
         self._mean.zero_()
         self._square.zero_()
         self._steps = 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what `restore` needs to go on exactly, after a step: x and the moments, and for JSON the rest."""
+        tensors = {"x": self.x, "mean": self._mean.clone(), "square": self._square.clone()}
+        return tensors, {"given_rate": self._given_rate, "rate": self._learning_rate, "steps": self._steps}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Adam:
+        """Return the minimization that `state` was of, on the device of its tensors."""
+        self = cls(tensors["x"], values["given_rate"])
+        self._learning_rate, self._steps = values["rate"], values["steps"]
+        self._mean, self._square = tensors["mean"].clone(), tensors["square"].clone()
+        return self
 
     def observe(self, gradient: Tensor) -> Tensor:
         """Return the squared norm of the gradient at `x`, as a vector of one."""

@@ -7,8 +7,8 @@ would break the curvature pairs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -21,6 +21,7 @@ from nst_model.errors import InvalidImage
 from nst_model.lbfgs import LBFGS
 from nst_model.objective import Losses, interpreted
 from nst_model.options import Optimizer, StylizeOptions
+from nst_model.state import State
 
 STALL = 12
 """Iterations in succession without a better picture after which the optimizer's memory is dropped."""
@@ -108,7 +109,10 @@ def minimize(
     stop: threading.Event | None = None,
 ) -> Iterator[Iterate]:
     """Yield the iterates of the optimizer on a scripted objective, from `start` (1, 3, H, W), at one scale."""
-    yield from Descent(options, [1], stop).scale(Closure(objective, targets), start)
+    descent = Descent(options, [1], stop)
+    descent.closure = Closure(objective, targets)
+    descent.begin(start)
+    yield from descent.iterates()
 
 
 class Descent:
@@ -121,67 +125,183 @@ class Descent:
         options: optimizer, iterations, history, averaging.
         pixels: how much work an iteration at each scale is, in proportion.
         stop: looked at between evaluations, from any thread.
+
+    Attributes:
+        closure: the objective of that scale; whoever iterates sets it.
+        scale: which scale comes next or is being worked on, from 0.
+        over: whether the run has ended by itself.
+        picture: (1, 3, H, W), what to begin the next scale with, once one has ended.
     """
 
     def __init__(self, options: StylizeOptions, pixels: Sequence[float], stop: threading.Event | None) -> None:
         self._options = options
         self._stop = stop
+        self._pixels = list(pixels)
         self._budgets = budgets(options, len(pixels))
-        self._iterations = sum(self._budgets)
-        per_iteration = [work for work, count in zip(pixels, self._budgets, strict=True) for _ in range(count)]
-        done = np.cumsum([*per_iteration, pixels[-1]])
-        self._work = done / done[-1]
         self._index = 0
         self._optimizer: LBFGS | Adam | None = None
-        self._best: Iterate | None = None  # of the last scale
+        self._watch: _Watch | None = None  # of the scale that is being worked on
+        self._average = _Average(options.averaging)
+        self._before: Iterate | None = None  # the best one known when the watch began
+        self._latest: Iterate | None = None
+        self.closure: Closure | None = None
+        self.scale = 0
+        self.over = False
+        self.picture: Tensor | None = None
 
-    def scale(
-        self, closure: Closure, start: Tensor, shown: Callable[[Tensor], Tensor] = lambda picture: picture
-    ) -> Generator[Iterate, None, Tensor | None]:
-        """Yield the next scale's iterates; return the picture (1, 3, H, W) to go on with, None when the run is over.
+    @property
+    def at_work(self) -> bool:
+        """Whether a scale has begun and not yet ended."""
+        return self._watch is not None
 
-        `shown` makes the iterate's picture of what the optimizer has.
+    @property
+    def best(self) -> Iterate | None:
+        """The iterate to keep if the run ended now, None before the first.
+
+        That is the best of the scale or, with averaging, the latest: averages improve with time, and the objective is
+        not known at them.
         """
-        budget = self._budgets.pop(0)
-        end, final = self._index + budget, not self._budgets
-        optimizer = self._optimizer_for(start, budget)
-        watch = _Watch(optimizer)
-        average = _Average(self._options.averaging)
-        while self._index < end + final and watch.hopeful:
+        if self._options.averaging:
+            return self._latest
+        return (self._watch and self._watch.best) or self._before
+
+    def begin(self, start: Tensor) -> None:
+        """Begin the next scale from its first picture, (1, 3, H, W)."""
+        self._optimizer = self._optimizer_for(start, self._budgets[self.scale])
+        self._watch = _Watch(self._optimizer)
+        self._average = _Average(self._options.averaging)
+
+    def steer(self, options: StylizeOptions, *, anew: bool) -> None:
+        """Go on with other options. `anew` says that the objective has changed: what is known of it counts no more."""
+        done = self._index - self._end(self.scale - 1)  # at this scale
+        planned = budgets(options, len(self._pixels))
+        self._budgets[self.scale :] = planned[self.scale :]
+        if self.at_work:
+            self._budgets[self.scale] = max(planned[self.scale], done - self._final)
+        if anew:
+            self.closure = None
+        if self.at_work and anew:
+            self._before = self.best
+            self._at.forget()
+            self._watch = _Watch(self._at)
+        self._options = options
+
+    def iterates(self, shown: Callable[[Tensor], Tensor] = lambda picture: picture) -> Iterator[Iterate]:
+        """Yield the iterates that are left of the scale. `shown` makes the iterate's picture of what the optimizer has.
+
+        When the scale is done, `scale` is the next one and `picture` what to begin it with; not so if `stop` was set.
+        """
+        while self._index < self._end(self.scale) + self._final and self._watch_now.hopeful:
             if self._stop is not None and self._stop.is_set():
-                return None
-            iterate, products = self._evaluate(closure, optimizer)
+                return
+            iterate, products = self._evaluate()
             self._index += 1
             if iterate is None:
-                watch.verdict = StopReason.DIVERGED
-                optimizer = watch.failed(optimizer)
+                self._watch_now.verdict = StopReason.DIVERGED
+                self._optimizer = self._watch_now.failed(self._at)
                 continue
-            iterate = replace(iterate, picture=shown(average.of(iterate.picture)))
+            iterate = replace(iterate, picture=shown(self._average.of(iterate.picture)))
+            self._latest = iterate
+            stalled = self._watch_now.stalled(iterate, self._at.x)
             converged = products[-1] == 0  # the squared norm of the gradient
-            stalled = watch.stalled(iterate, optimizer.x)
-            if final and (converged or iterate.index == end):
+            if self._final and (converged or iterate.index == self._end(self.scale)):
                 reason = StopReason.CONVERGED if converged else StopReason.ITERATIONS
+                self.over = True
                 yield replace(iterate, work=1.0, stop_reason=reason)
-                return None
-            yield iterate
+                return
+            # The step comes first, so that what is kept between two iterates is where the next one begins.
             if converged:
-                break
-            if stalled:
-                optimizer = watch.failed(optimizer)
+                self._watch_now.converged = True
+                self._index = self._end(self.scale)
+            elif stalled:
+                self._optimizer = self._watch_now.failed(self._at)
             else:
-                optimizer.step(products, iterate.loss)
-        best = watch.best or self._best
+                self._at.step(products, iterate.loss)
+            yield iterate
+        yield from self._leave_scale()
+
+    def _leave_scale(self) -> Iterator[Iterate]:
+        watch = self._watch_now
+        best = watch.best or self._before
         if best is None:
             raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
-        self._best = best
-        if final or watch.best is None:
+        if self._final or not (watch.best or watch.hopeful):
+            self.over = True
             reason = StopReason.ITERATIONS if watch.hopeful else watch.verdict
             yield replace(best, work=1.0, stop_reason=reason)
-            return None
-        self._optimizer = optimizer
-        ended_early = self._index < end
-        self._index = end
-        return watch.best_x if ended_early or watch.failures else optimizer.x
+            return
+        early = watch.converged or not watch.hopeful
+        self.picture = watch.best_x if early or watch.failures else self._at.x
+        self._index = self._end(self.scale)
+        self._before, self._watch, self.closure = best, None, None
+        self.scale += 1
+
+    def state(self) -> State:
+        """Return what `restore` needs to go on exactly, after an iterate. No tensor in it is modified later."""
+        watch, optimizer = self._watch_now, self._at
+        tensors, optimizing = optimizer.state()
+        tensors = {f"optimizer.{name}": tensor for name, tensor in tensors.items()} | {"best_x": watch.best_x}
+        values = {
+            "scale": self.scale,
+            "index": self._index,
+            "budgets": list(self._budgets),
+            "optimizer": {"kind": _kind(optimizer).value, **optimizing},
+            "watch": watch.state(),
+            "average": self._average.weight,
+        }
+        if self._average.sum is not None:
+            tensors["average"] = self._average.sum
+        for name, iterate in (("best", watch.best), ("before", self._before), ("latest", self._latest)):
+            if iterate is not None and not (name == "latest" and not self._options.averaging):
+                tensors[name] = iterate.picture
+                values[name] = _numbers(iterate)
+        return State(tensors, values)
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned of a run with the same options and scales."""
+        values = state.values
+        known = {
+            name: Iterate(picture=state.tensors[name], **values[name])
+            for name in ("best", "before", "latest")
+            if name in values
+        }
+        tensors = {
+            name.removeprefix("optimizer."): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith("optimizer.")
+        }
+        optimizing = dict(values["optimizer"])
+        kind = LBFGS if optimizing.pop("kind") == Optimizer.LBFGS else Adam
+        self.scale, self._index, self._budgets = values["scale"], values["index"], list(values["budgets"])
+        self._optimizer = kind.restore(tensors, optimizing)
+        self._watch = _Watch(self._optimizer)
+        self._watch.restore(values["watch"], known.get("best"), state.tensors["best_x"])
+        self._average = _Average(self._options.averaging, state.tensors.get("average"), values["average"])
+        self._before, self._latest = known.get("before"), known.get("latest")
+
+    @property
+    def _final(self) -> bool:
+        return self.scale == len(self._pixels) - 1
+
+    @property
+    def _watch_now(self) -> _Watch:
+        assert self._watch is not None, "begin a scale before its iterates"
+        return self._watch
+
+    @property
+    def _at(self) -> LBFGS | Adam:
+        assert self._optimizer is not None, "begin a scale before its iterates"
+        return self._optimizer
+
+    def _end(self, scale: int) -> int:
+        """Return the index of the iterate at which a scale ends, 0 before the first."""
+        return sum(self._budgets[: scale + 1])
+
+    def _work(self, index: int) -> float:
+        """Return the part of the run's work that is done with an iterate."""
+        per_iteration = np.repeat(self._pixels, self._budgets)
+        done = np.cumsum(np.append(per_iteration, self._pixels[-1]))
+        return float(done[min(index, len(done) - 1)] / done[-1])
 
     def _optimizer_for(self, start: Tensor, budget: int) -> LBFGS | Adam:
         if isinstance(self._optimizer, Adam) and self._options.optimizer is Optimizer.ADAM:
@@ -190,9 +310,11 @@ class Descent:
             return Adam(start, self._options.learning_rate)
         return LBFGS(start, min(self._options.history, budget))
 
-    def _evaluate(self, closure: Closure, optimizer: LBFGS | Adam) -> tuple[Iterate | None, np.ndarray]:
+    def _evaluate(self) -> tuple[Iterate | None, np.ndarray]:
         """Evaluate the objective once; return the iterate, None if it is not finite, and the optimizer's products."""
-        losses, gradient = closure(optimizer.x)
+        assert self.closure is not None, "set the closure before the iterates"
+        optimizer = self._at
+        losses, gradient = self.closure(optimizer.x)
         # Everything that the host wants to know crosses at once: one synchronization an iteration.
         scalars = torch.stack((losses.total, losses.content, losses.variation, losses.laplacian))
         values = torch.cat((scalars, losses.style, optimizer.observe(gradient))).cpu().double().numpy()
@@ -201,11 +323,9 @@ class Descent:
         if not np.isfinite(values).all():
             return None, products
         total, content, variation, laplacian = values[: len(scalars)].tolist()
-        styles = dict(zip(closure.style_layers, values[len(scalars) : count].tolist(), strict=True))
-        work = float(self._work[self._index])
-        return Iterate(
-            self._index, self._iterations, work, optimizer.x[0], total, content, variation, laplacian, styles
-        ), products
+        styles = dict(zip(self.closure.style_layers, values[len(scalars) : count].tolist(), strict=True))
+        index, iterations, work = self._index, sum(self._budgets), self._work(self._index)
+        return Iterate(index, iterations, work, optimizer.x[0], total, content, variation, laplacian, styles), products
 
 
 def budgets(options: StylizeOptions, scales: int) -> list[int]:
@@ -222,6 +342,7 @@ class _Watch:
         best_x: the optimizer's point there.
         failures: restarts since.
         verdict: what to call it if the run ends with them.
+        converged: whether there is nowhere to go from here.
     """
 
     def __init__(self, optimizer: LBFGS | Adam) -> None:
@@ -229,7 +350,24 @@ class _Watch:
         self.best_x = optimizer.x
         self.failures = 0
         self.verdict = StopReason.DIVERGED
+        self.converged = False
         self._since_best = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs besides the best picture, for JSON."""
+        return {
+            "failures": self.failures,
+            "verdict": self.verdict.value,
+            "converged": self.converged,
+            "since_best": self._since_best,
+        }
+
+    def restore(self, values: Mapping[str, Any], best: Iterate | None, best_x: Tensor) -> None:
+        """Remember what another watch knew."""
+        self.best, self.best_x = best, best_x
+        self.failures, self.converged = values["failures"], values["converged"]
+        self.verdict = StopReason(values["verdict"])
+        self._since_best = values["since_best"]
 
     @property
     def hopeful(self) -> bool:
@@ -258,16 +396,27 @@ class _Watch:
 class _Average:
     """Running average of pictures, free of the bias towards the first (Kingma and Ba, 2015, section 3)."""
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, sum_: Tensor | None = None, weight: float = 0.0) -> None:
         self._decay = decay
-        self._sum: Tensor | None = None
-        self._weight = 0.0
+        self.sum = sum_
+        self.weight = weight
 
     def of(self, picture: Tensor) -> Tensor:
         """Take a picture in and return the average, the picture itself if there is no decay."""
         if not self._decay:
             return picture
-        before = torch.zeros_like(picture) if self._sum is None else self._sum
-        self._sum = self._decay * before + (1 - self._decay) * picture
-        self._weight = self._decay * self._weight + 1 - self._decay
-        return self._sum / self._weight
+        before = torch.zeros_like(picture) if self.sum is None else self.sum
+        self.sum = self._decay * before + (1 - self._decay) * picture
+        self.weight = self._decay * self.weight + 1 - self._decay
+        return self.sum / self.weight
+
+
+def _kind(optimizer: LBFGS | Adam) -> Optimizer:
+    return Optimizer.LBFGS if isinstance(optimizer, LBFGS) else Optimizer.ADAM
+
+
+def _numbers(iterate: Iterate) -> dict[str, Any]:
+    """Return all of an iterate but its picture; one on the way has no reason to stop."""
+    values = {item.name: getattr(iterate, item.name) for item in fields(iterate)}
+    del values["picture"], values["stop_reason"]
+    return {**values, "style_losses": dict(iterate.style_losses)}

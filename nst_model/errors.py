@@ -6,6 +6,7 @@ NstModelError
 ├── UnknownModel           no feature model of that name
 ├── WeightsUnavailable     a known model whose weights are not on this machine and cannot be had
 ├── WeightsCorrupt         weights whose hash, keys or shapes are not what they must be
+├── DamagedState           the kept state of a run that cannot be gone on from
 └── DeviceUnavailable      a device that this machine does not have
 """
 
@@ -43,6 +44,10 @@ class WeightsUnavailable(NstModelError, RuntimeError):
 
 class WeightsCorrupt(NstModelError, ValueError):
     """Weights are not what they must be: wrong hash, missing key, wrong shape."""
+
+
+class DamagedState(NstModelError, ValueError):
+    """The kept state of a run is not what was written, or is another version's or another run's."""
 
 
 class DeviceUnavailable(NstModelError, RuntimeError):

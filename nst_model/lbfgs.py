@@ -17,6 +17,8 @@ Two departures from the textbook, both for this problem:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,13 +70,44 @@ class LBFGS:
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps a quarter as long: what to do after a step led nowhere."""
+        self.forget()
         self.x = x
         self.max_step_rms /= 4
+
+    def forget(self) -> None:
+        """Go on from where it is, without memory: what to do when another function is minimized from now on."""
         self._pairs.zero_()
         self._slots.clear()
         self._candidate = None
         self._g = None
         self._loss = math.inf
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what `restore` needs to go on exactly, after a step: tensors, never modified, and numbers for JSON.
+
+        x of `start`'s shape; pairs (rows in use, 2, n); sy and yy (m, m), float64; g (n,), absent after `restart`.
+        """
+        used = self._pairs[: self._rows()].clone()
+        tables = {"sy": torch.from_numpy(self._sy.copy()), "yy": torch.from_numpy(self._yy.copy())}
+        tensors = {"x": self.x, "pairs": used, **tables} | ({} if self._g is None else {"g": self._g})
+        values = {
+            "max_step_rms": self.max_step_rms,
+            "slots": list(self._slots),
+            "candidate": self._candidate,
+            "loss": self._loss,
+        }
+        return tensors, values
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LBFGS:
+        """Return the minimization that `state` was of, on the device of its tensors."""
+        self = cls(tensors["x"], len(tensors["sy"]))
+        self._pairs[: len(tensors["pairs"])] = tensors["pairs"]
+        self._sy, self._yy = (tensors[name].cpu().numpy().copy() for name in ("sy", "yy"))
+        self._g = tensors.get("g")
+        self.max_step_rms, self._loss = values["max_step_rms"], values["loss"]
+        self._slots, self._candidate = list(values["slots"]), values["candidate"]
+        return self
 
     def observe(self, gradient: Tensor) -> Tensor:
         """Return the inner products that `step` needs, one vector on the device, given the gradient at `x`."""
@@ -84,8 +117,7 @@ class LBFGS:
         if self._candidate is not None and self._g is not None:
             newest_y = torch.sub(g, self._g, out=self._pairs[self._candidate, 1])
         self._g = g
-        rows = max([*self._slots, -1 if self._candidate is None else self._candidate], default=-1) + 1
-        products = self._pairs[:rows].flatten(0, 1) @ torch.stack((g, newest_y)).T
+        products = self._pairs[: self._rows()].flatten(0, 1) @ torch.stack((g, newest_y)).T
         return torch.cat((products.flatten(), g.dot(g)[None]))
 
     def step(self, products: np.ndarray, loss: float) -> None:
@@ -118,6 +150,10 @@ class LBFGS:
         self.x = self.x - ((1 - BACK) * s).view_as(self.x)
         s *= BACK
         self._g = self._g_before
+
+    def _rows(self) -> int:
+        """Return the number of rows up to the last one in use."""
+        return max([*self._slots, -1 if self._candidate is None else self._candidate], default=-1) + 1
 
     def _free_row(self) -> int:
         capacity = len(self._pairs)

@@ -22,6 +22,18 @@ MARGIN_PX = 16
 """Width of the margin of Padding.MIRROR."""
 
 
+BUDGETS = frozenset({"iterations", "scale_iterations"})
+STEERABLE = BUDGETS | {
+    "content_weight",
+    "style_weight",
+    "tv_weight",
+    "laplacian_weight",
+    "content_layers",
+    "style_layers",
+}
+"""Options that may change while a run goes on."""
+
+
 class Preset(StrEnum):
     """A starting point that every other option overrides."""
 
@@ -207,9 +219,7 @@ class StylizeOptions:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Read-only mappings cannot be pickled.
-        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
-        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-        return _from_values, (plain,)
+        return _from_values, (plain(self),)
 
     def check_layers(self, layers: tuple[str, ...]) -> None:
         """Raise InvalidOption unless every named layer is one of a feature model's `layers`."""
@@ -279,6 +289,22 @@ def relative(weights: LayerWeights) -> dict[str, float]:
     """Return the weights divided by their sum, without the layers whose weight is 0."""
     total = math.fsum(weights.values())
     return {layer: weight / total for layer, weight in weights.items() if weight > 0}
+
+
+def plain(options: StylizeOptions) -> dict[str, Any]:
+    """Return the options by name, as JSON can hold them; `StylizeOptions` takes them back."""
+    values = {option.name: getattr(options, option.name) for option in dataclasses.fields(options)}
+    return {
+        name: dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+
+
+def steered(options: StylizeOptions, changes: Mapping[str, Any]) -> StylizeOptions:
+    """Return options with changes, all of them STEERABLE. Raises InvalidOption."""
+    for name in sorted(changes.keys() - STEERABLE):
+        raise InvalidOption(name, f"cannot be changed while a job runs; these can: {', '.join(sorted(STEERABLE))}")
+    return dataclasses.replace(options, **changes)
 
 
 def _checked(option: dataclasses.Field[Any], value: Any) -> Any:

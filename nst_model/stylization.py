@@ -11,6 +11,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,25 @@ from torch.nn import functional as F
 from nst_model.color import gray, moments, recolored, with_luminance
 from nst_model.descent import Closure, Descent, Iterate
 from nst_model.devices import deterministic, resolve_device, resolve_precision
-from nst_model.errors import InvalidImage, InvalidOption
+from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
 from nst_model.objective import Objective, interpreted, script
-from nst_model.options import Color, Init, Padding, Precision, StylizeOptions, relative
+from nst_model.options import (
+    BUDGETS,
+    STEERABLE,
+    Color,
+    Init,
+    Padding,
+    Precision,
+    StylizeOptions,
+    plain,
+    relative,
+    steered,
+)
 from nst_model.regions import Layout, fitting, layer_weights
+from nst_model.state import State
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
@@ -199,22 +212,113 @@ def stylize(
 
     Raises InvalidImage or InvalidOption.
     """
-    _check(content, styles, options, start)
-    options.check_layers(model.weights.architecture.layers)
-    with deterministic() if options.deterministic else contextlib.nullcontext():
-        scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
-        edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
-        descent = Descent(options, [scene.pixels(edge) for edge in edges], stop)
-        picture = scene.starting_picture(start)
-        for edge in edges:
-            closure = scene.closure(edge, at_content=edge == edges[0] and options.init is Init.CONTENT, stop=stop)
-            if closure is None:
-                return
-            begin = mirrored(of_size(picture, scene.size(edge)), options.margin_px)
-            after = yield from descent.scale(closure, begin[None], scene.shown)
-            if after is None:
-                return
-            picture = trimmed(after[0], options.margin_px)
+    yield from Stylization(model, content, styles, options, start=start, targets_of=targets_of, stop=stop)
+
+
+class Stylization:
+    """One run of `stylize`, to be iterated over once; between two iterates it can be kept, or steered.
+
+    The arguments are those of `stylize`. Raises InvalidImage or InvalidOption.
+
+    Attributes:
+        options: those in force.
+    """
+
+    def __init__(
+        self,
+        model: FeatureModel,
+        content: Tensor,
+        styles: Sequence[Style],
+        options: StylizeOptions,
+        *,
+        start: Tensor | None = None,
+        targets_of: TargetsOf | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        _check(content, styles, options, start)
+        options.check_layers(model.weights.architecture.layers)
+        self.options = options
+        self._model = model
+        self._start = start
+        self._stop = stop
+        with self._repeatable():
+            self._scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
+        self._edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
+        self._descent = Descent(options, self._pixels(), stop)
+
+    def __iter__(self) -> Iterator[Iterate]:
+        """Yield the iterates that are left; see `stylize`."""
+        with self._repeatable():
+            descent, scene = self._descent, self._scene
+            while not descent.over:
+                edge = self._edges[descent.scale]
+                if not self._prepared():
+                    return
+                if not descent.at_work:
+                    if descent.picture is None:
+                        picture = scene.starting_picture(self._start)
+                    else:
+                        picture = trimmed(descent.picture[0], self.options.margin_px)
+                    descent.begin(mirrored(of_size(picture, scene.size(edge)), self.options.margin_px)[None])
+                for iterate in descent.iterates(scene.shown):
+                    yield iterate
+                    if not descent.over and not self._prepared():
+                        return
+                if self._stop is not None and self._stop.is_set():
+                    return
+
+    @property
+    def best(self) -> Iterate | None:
+        """The iterate to return if the run ended now, None before the first: see `Descent.best`."""
+        return self._descent.best
+
+    def steer(self, **changes: Any) -> None:
+        """Change options, any of `options.STEERABLE`, from the next iteration on.
+
+        Raises InvalidOption, and changes nothing, for a value out of bounds or an option that cannot be changed on the
+        way.
+        """
+        options = steered(self.options, changes)
+        options.check_layers(self._model.weights.architecture.layers)
+        anew = any(getattr(options, name) != getattr(self.options, name) for name in STEERABLE - BUDGETS)
+        self._descent.steer(options, anew=anew)
+        self.options = self._scene.options = options
+
+    def state(self) -> State:
+        """Return what `restore` needs to go on exactly from the last iterate, which must not be the run's last.
+
+        Neither the model nor the pictures are in it. None of its tensors is modified later: write it at leisure.
+        """
+        state = self._descent.state()
+        return State(state.tensors, {**state.values, "options": plain(self.options), "edges": self._edges})
+
+    def restore(self, state: State) -> None:
+        """Go on, in place of beginning, from the state of a run of the same model, pictures and options.
+
+        Options that were changed on the way are taken over. Raises DamagedState for the state of another run.
+        """
+        kept = StylizeOptions(**state.values["options"])
+        same = {name: getattr(kept, name) for name in STEERABLE}
+        if state.values["edges"] != self._edges or dataclasses.replace(self.options, **same) != kept:
+            raise DamagedState("the kept state is that of a run with other options or pictures")
+        self.options = self._scene.options = kept
+        self._descent = Descent(kept, self._pixels(), self._stop)
+        self._descent.restore(state.to(self._model.device))
+
+    def _pixels(self) -> list[int]:
+        return [self._scene.pixels(edge) for edge in self._edges]
+
+    def _repeatable(self) -> AbstractContextManager[None]:
+        return deterministic() if self.options.deterministic else contextlib.nullcontext()
+
+    def _prepared(self) -> bool:
+        """Make sure that there is an objective for the scale at work; return whether it is still wanted."""
+        if self._descent.closure is None:
+            first = self._descent.scale == 0 and not self._descent.at_work
+            at_content = first and self.options.init is Init.CONTENT
+            edge = self._edges[self._descent.scale]
+            self._descent.closure = self._scene.closure(edge, at_content=at_content, stop=self._stop)
+        return self._descent.closure is not None
 
 
 class _Scene:
@@ -228,8 +332,8 @@ class _Scene:
         options: StylizeOptions,
         targets_of: TargetsOf,
     ) -> None:
+        self.options = options  # those that may change on the way are read anew at each use
         self._model = model
-        self._options = options
         self._targets_of = targets_of
         self._photo = content.to(model.device)
         self._luminance_only = options.color is Color.LUMINANCE
@@ -246,7 +350,7 @@ class _Scene:
 
     def pixels(self, edge: int) -> int:
         """Return how many pixels are optimized when the longer edge has so many: the margin's count too."""
-        height, width = (length + 2 * self._options.margin_px for length in self.size(edge))
+        height, width = (length + 2 * self.options.margin_px for length in self.size(edge))
         return height * width
 
     def closure(self, edge: int, *, at_content: bool, stop: threading.Event | None) -> Closure | None:
@@ -254,7 +358,7 @@ class _Scene:
 
         `at_content` says that the first picture will be the content.
         """
-        margin = self._options.margin_px
+        margin = self.options.margin_px
         here = mirrored(of_size(self._content, self.size(edge)), margin)
         smaller = edge / max(self._content.shape[1:])
         targets = []
@@ -265,16 +369,16 @@ class _Scene:
                     return None
                 if style.weight > 0:
                     sized = style.scaled(smaller)
-                    if self._options.style_loss in POSITIONED:
+                    if self.options.style_loss in POSITIONED:
                         sized = dataclasses.replace(sized, picture=of_size(sized.picture, self.size(edge)))
-                    parts.append((style.weight, self._targets_of(sized, self._options)))
+                    parts.append((style.weight, self._targets_of(sized, self.options)))
             targets.append(mixed(parts))
         if self._layout.regions is None:
-            objective, regions = self._model.objective(targets, self._options), None
+            objective, regions = self._model.objective(targets, self.options), None
         else:
             masks = mirrored(fitting(self._layout.regions, self.size(edge)), margin)
             # By area, so that every pixel is painted alike.
-            objective = self._model.objective(targets, self._options, masks.mean(dim=(1, 2)).tolist())
+            objective = self._model.objective(targets, self.options, masks.mean(dim=(1, 2)).tolist())
             architecture = self._model.weights.architecture
             found = layer_weights(masks, here.shape[1:], objective.style_layers, architecture)
             regions = {layer: weights.to(here.device) for layer, weights in found.items()}
@@ -286,7 +390,7 @@ class _Scene:
         return gray(picture) if self._luminance_only else picture
 
     def _start(self, given: Tensor | None) -> Tensor:
-        content, options = self._content, self._options
+        content, options = self._content, self.options
         # Drawn on the CPU, so that a seed means the same on every device.
         noise = torch.randn(content.shape, generator=torch.Generator().manual_seed(options.seed))
         match options.init:
@@ -307,15 +411,15 @@ class _Scene:
 
     def shown(self, picture: Tensor) -> Tensor:
         """Return what is shown of an iterate: without the margin, in luminance mode with the photograph's chroma."""
-        picture = trimmed(picture, self._options.margin_px).contiguous()
+        picture = trimmed(picture, self.options.margin_px).contiguous()
         if not self._luminance_only:
             return picture
         return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
 
     def _recolored(self, style: Style) -> Style:
-        if self._options.color is Color.STYLE:
+        if self.options.color is Color.STYLE:
             return style
-        picture = recolored(style.picture.to(self._photo), self._photo, self._options.color)
+        picture = recolored(style.picture.to(self._photo), self._photo, self.options.color)
         return dataclasses.replace(style, picture=picture, name="")
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
+from nst_model.options import plain
 from nst_server import images
 from nst_server.errors import InvalidField, ModelNotFetched, NotFound
 from nst_server.gram_cache import GramCache
@@ -177,7 +178,7 @@ class Application:
             "nst": importlib.metadata.version("nst-service"),
             "model": model,
             "model_sha256": self._weights_sha256(model),
-            "options": _plain(request.options),
+            "options": plain(request.options),
             "content_sha256": hashlib.sha256(request.content).hexdigest(),
             "styles": styles,
             **_hashes(init_image_sha256=request.init_image or None),
@@ -290,11 +291,6 @@ class Application:
         if (file := self._settings.weights.get(name)) is not None:
             return _file_sha256(file)
         return published_sha256(cached) if (cached := cached_file(name)) else ""
-
-
-def _plain(options: StylizeOptions) -> dict[str, Any]:
-    values = {option.name: getattr(options, option.name) for option in dataclasses.fields(options)}
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 @functools.cache
