@@ -20,7 +20,7 @@ FACTORS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6)
 SHIFTS_PX = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 LAYER, RAW = "relu4_2", "raw inner product"
 RUNAWAY_STEPS, RUNAWAY_EDGE_PX = 60, 128
-INVERSION_WEIGHT = 2.5
+INVERSION_WEIGHT = 5.0
 
 
 def run(lab: Lab, report: Report) -> None:
@@ -247,7 +247,6 @@ def inversions(lab: Lab, report: Report) -> None:
                 content_loss=loss,
                 content_weight=weight * scale,
                 style_weight=0,
-                tv_weight=0,
                 style_layers={"relu1_1": 1.0},
                 init="noise",
                 first_size_px=64,
