@@ -241,12 +241,13 @@ def inversions(lab: Lab, report: Report) -> None:
         photo, weights = lab.photos[name], matched(lab, name)
         scale = INVERSION_WEIGHT / weights["squared_error"]
         made = {
-            loss: lab.picture(
+            loss: lab.picture(  # nothing but the content loss: what smooths would be taken for memory
                 name,
                 STYLE,
                 content_loss=loss,
                 content_weight=weight * scale,
                 style_weight=0,
+                tv_weight=0,
                 style_layers={"relu1_1": 1.0},
                 init="noise",
                 first_size_px=64,
