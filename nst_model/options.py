@@ -331,8 +331,9 @@ def _checked_choice(name: str, value: Any, choices: type[StrEnum]) -> StrEnum:
 def _checked_weights(name: str, value: Any, bounds: Bounds) -> LayerWeights:
     if not isinstance(value, Mapping):
         raise InvalidOption(name, f"must map layer names to weights, not {value!r}")
+    # In one order, whatever order they came in: sums of losses must not depend on it.
     weights = {
-        str(layer): _checked_number(f"{name}[{layer}]", weight, float, bounds) for layer, weight in value.items()
+        str(layer): _checked_number(f"{name}[{layer}]", value[layer], float, bounds) for layer in sorted(value, key=str)
     }
     if not math.fsum(weights.values()) > 0:
         raise InvalidOption(name, "must have at least one weight above 0")

@@ -20,7 +20,7 @@ FACTORS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6)
 SHIFTS_PX = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 LAYER, RAW = "relu4_2", "raw inner product"
 RUNAWAY_STEPS, RUNAWAY_EDGE_PX = 60, 128
-INVERSION_WEIGHT = 2.5
+INVERSION_WEIGHT = 5.0
 
 
 def run(lab: Lab, report: Report) -> None:
@@ -241,7 +241,7 @@ def inversions(lab: Lab, report: Report) -> None:
         photo, weights = lab.photos[name], matched(lab, name)
         scale = INVERSION_WEIGHT / weights["squared_error"]
         made = {
-            loss: lab.picture(
+            loss: lab.picture(  # nothing but the content loss: what smooths would be taken for memory
                 name,
                 STYLE,
                 content_loss=loss,

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from nst_model import ContentLoss, FeatureModel, Style, StyleLoss, StylizeOptions, from_pixels, stylize
-from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, style_targets
+from nst_model.losses import CONTENT_LOSSES, POSITIONED, STYLE_LOSSES, style_targets
+from nst_model.margin import mirrored
 from nst_model.options import relative
 from nst_model.stylization import of_size, size_of
 
@@ -72,10 +73,18 @@ class Lab:
         """Return the options of the preset `fine`, but for the lab's size and iterations and those `given`."""
         return StylizeOptions.of("fine", **{"size_px": self.size_px, "iterations": self.iterations, **given})
 
-    def features(self, picture: Tensor) -> dict[str, Tensor]:
-        """Return the features of a picture at every layer that the preset looks at. Gradients pass through."""
-        found: dict[str, Tensor] = self.model.trunk(self.options())(picture.to(self.model.device)[None])
+    def features(self, picture: Tensor, margin_px: int = 0) -> dict[str, Tensor]:
+        """Return the features of a picture at every layer that the preset looks at. Gradients pass through.
+
+        Measures see the picture as it is; what is weighed for a run sees it with the run's margin.
+        """
+        seen = mirrored(picture.to(self.model.device), margin_px)[None]
+        found: dict[str, Tensor] = self.model.trunk(self.options())(seen)
         return found
+
+    @property
+    def _margin_px(self) -> int:
+        return self.options().margin_px
 
     def style_weights(self, photo: str, style: str) -> dict[str, float]:
         """Return style loss → the weight with which it pulls as hard at the photo as Wasserstein does with weight 1.
@@ -83,8 +92,13 @@ class Lab:
         How hard is the norm of the gradient of the style term alone, with respect to the picture.
         """
         if (photo, style) not in self._style_weights:
+            picture = self.styles[style]
+            stretched = of_size(picture, self.photos[photo].shape[1:])
+            losses: dict[str, Loss] = {}
             with torch.no_grad():
-                losses = style_losses(self.features(self.styles[style]))
+                for name in STYLE_LOSS_NAMES:
+                    seen = self.features(stretched if name in POSITIONED else picture, self._margin_px)
+                    losses |= style_losses(seen, [name])
             pulls = {name: self._pull(loss, self.photos[photo]) for name, loss in losses.items()}
             self._style_weights[photo, style] = ratios(StyleLoss.WASSERSTEIN, pulls)
         return self._style_weights[photo, style]
@@ -92,13 +106,13 @@ class Lab:
     def content_weights(self, photo: str, picture: Tensor) -> dict[str, float]:
         """Return content loss → the weight with which it pulls as hard at `picture` as squared error does with 1."""
         with torch.no_grad():
-            losses = content_losses(self.features(self.photos[photo]))
+            losses = content_losses(self.features(self.photos[photo], self._margin_px))
         pulls = {name: self._pull(loss, picture) for name, loss in losses.items()}
         return ratios(ContentLoss.SQUARED_ERROR, pulls)
 
     def _pull(self, loss: Loss, picture: Tensor) -> float:
         image = picture.clone().requires_grad_(True)
-        return float(torch.autograd.grad(loss(self.features(image)), image)[0].norm())
+        return float(torch.autograd.grad(loss(self.features(image, self._margin_px)), image)[0].norm())
 
     def picture(self, content: str, style: str, **given: Any) -> Tensor:
         """Return what the preset `fine` with the options `given` makes of a photo, or of gray in a style's shape.

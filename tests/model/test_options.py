@@ -85,6 +85,12 @@ def test_layer_weights_are_relative() -> None:
     assert relative({"a": 3, "b": 1, "c": 0}) == {"a": 0.75, "b": 0.25}
 
 
+def test_layers_have_one_order() -> None:
+    """However they are given: a dictionary's order, which the wire does not keep, must not reach the sums."""
+    one, other = (StylizeOptions(style_layers=dict(layers)) for layers in ([("b", 1), ("a", 2)], [("a", 2), ("b", 1)]))
+    assert list(one.style_layers) == list(other.style_layers) == ["a", "b"]
+
+
 def test_presets_are_pinned() -> None:
     """The defaults, which are those of `fine`, and what each preset changes in them are a promise."""
     values = {field.name: getattr(StylizeOptions(), field.name) for field in dataclasses.fields(StylizeOptions)}

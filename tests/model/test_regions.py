@@ -10,7 +10,9 @@ import torch
 import nst_model
 from nst_model import FeatureModel, InvalidImage, InvalidOption, Style, StyleLoss, StylizeOptions
 from nst_model.architecture import VGG16
+from nst_model.descent import Closure
 from nst_model.losses import STYLE_LOSSES, covariance, gram, style_targets
+from nst_model.margin import mirrored
 from nst_model.regions import Layout, layer_weights, partition
 from nst_model.stylization import _Scene
 
@@ -184,26 +186,32 @@ def test_each_region_is_pulled_to_its_own_style(tiny_model: FeatureModel) -> Non
     assert float(redness[56:].mean()) < -0.3
 
 
+@pytest.mark.parametrize("padding", ["replicate", "mirror"])
 @pytest.mark.parametrize("layer", ["relu2_1", "relu3_1"])
-def test_guidance_limits_the_leakage(tiny_model: FeatureModel, picture: Picture, layer: str) -> None:
+def test_guidance_limits_the_leakage(tiny_model: FeatureModel, picture: Picture, layer: str, padding: str) -> None:
     """Of the style's gradient, far less falls outside the region than with a plain mask at each layer."""
-    size = (64, 192)
-    left, _ = halves(*size)
-    options = StylizeOptions(style_layers={layer: 1}, content_weight=0, tv_weight=0)
-    objective = tiny_model.objective([tiny_model.style_targets(Style(picture(64, 64, 1)), options)], options)
-    image = picture(*size, 2)[None]
-    stride = 2 if layer == "relu2_1" else 4
-    plain = torch.nn.functional.adaptive_avg_pool2d(left[None], (size[0] // stride, size[1] // stride)).flatten(1)
-    guided = layer_weights(left[None], size, [layer], VGG16)
+    left, right = halves(64, 192)
+    options = StylizeOptions(style_layers={layer: 1}, content_weight=0, tv_weight=0, padding=padding, first_size_px=512)
+    style = Style(picture(64, 64, 1), region=left)
+    nothing = Style(picture(64, 64, 1), region=right, weight=0)
+    scene = _Scene(tiny_model, picture(64, 192, 3), [style, nothing], options, tiny_model.style_targets)
+    guided = scene.closure(192, at_content=False, stop=None)
+    assert guided is not None
+    assert guided._regions is not None
 
-    def outside(regions: dict[str, torch.Tensor]) -> float:
-        _, gradient = objective.loss_and_gradient(image, objective.content_targets(image), regions)
-        energy = gradient.square().sum(dim=(0, 1, 2))
-        return float(energy[96:].sum() / energy.sum())
+    image, mask = (mirrored(of, options.margin_px) for of in (picture(64, 192, 2)[None], left[None]))
+    positions = [edge // (2 if layer == "relu2_1" else 4) for edge in image.shape[2:]]
+    plain = torch.nn.functional.adaptive_avg_pool2d(mask, positions).flatten(1)
+    unguided = Closure(guided._objective, guided._targets, {layer: plain / plain.sum()})
 
-    leaked, kept = outside({layer: plain / plain.sum()}), outside(guided)
+    def outside(closure: Closure) -> float:
+        _, gradient = closure(image)
+        energy = gradient.square().sum(dim=1)
+        return float(energy[mask == 0].sum() / energy.sum())
+
+    leaked = outside(unguided)
     assert leaked > 0
-    assert kept < 0.2 * leaked
+    assert outside(guided) < 0.2 * leaked
 
 
 def test_a_style_mask_chooses_part_of_the_style(tiny_model: FeatureModel, picture: Picture) -> None:
