@@ -5,26 +5,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import structlog
+
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
 from nst_model.options import plain, steered
 from nst_server import images
-from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, NotFound
+from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, NotFound, RequestError
 from nst_server.gram_cache import GramCache
-from nst_server.jobs import Job, JobSnapshot, JobSpec, JobState
+from nst_server.images import Encoding, ImageFormat
+from nst_server.jobs import Job, JobSnapshot, JobSpec, JobState, PreviewSpec
 from nst_server.ledger import Ledger
 from nst_server.messages import PrepareTask, StyleImage
 from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source, fingerprint
@@ -35,10 +39,23 @@ from nst_server.styles import StoredImage, Style, StyleStore
 if TYPE_CHECKING:
     from nst_server.images import Mask, Pixels
 
+log = structlog.get_logger()
+
 MAX_STYLES = 16
 MAX_STYLE_IMAGES = 32
 MAX_STYLE_SIZE_PX = 4096
 MAX_DISPLAY_NAME = 200
+TEND_S = 2.0
+"""How often a server that shares its database looks after its leases; far less than a lease lasts."""
+
+FLUSH_S = 5.0
+"""How long the last events may take to be written at a stop."""
+
+UPDATE, CANCEL = "update", "cancel"
+"""What one server may want of another: a JobUpdate, or an end."""
+
+NO_PREVIEW = PreviewSpec(0, images.MIN_EDGE_PX, Encoding(ImageFormat.JPEG, 1))
+
 PAGE_TOKEN = "after:"
 NO_TOKEN = "is not the next_page_token of a previous response"
 
@@ -51,6 +68,8 @@ class Application:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
         self._ledger = ledger
+        self._alone = not settings.database  # the data folder is locked
+        self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, Job] = {}  # those that have not ended
         self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
@@ -68,21 +87,23 @@ class Application:
         return self.scheduler.place()
 
     async def take_up(self) -> None:
-        """Queue what an earlier server has left undone."""
-        for record in await self._ledger.left(alone=not self._settings.database):
-            job = self._ledger.job(record)
-            self._jobs[job.name] = job
-            if job.state is JobState.RUNNING:
-                job.queued()
-            if job.state is JobState.QUEUED:
-                self.scheduler.submit(job)
+        """Queue what servers that are gone have left undone, and go on doing so where there may be others."""
+        await self._claim(alone=self._alone)
+        if not self._alone:
+            self._begin(self._tend())
 
     async def stop(self, grace_s: float) -> None:
         """Take no more jobs, keep what those that run have done, and end every stream; see `Scheduler.stop`."""
         await self.scheduler.stop(grace_s)
-        await self._ledger.journal.flush()
+        with contextlib.suppress(TimeoutError):  # a store that takes nothing must not hold up the end
+            async with asyncio.timeout(FLUSH_S):
+                await self._ledger.journal.flush()
+        for task in self._tasks:
+            task.cancel()
         for job in self._jobs.values():
             job.lost(STOPPING)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._decoding.shutdown(wait=False, cancel_futures=True)
 
     async def create_job(self, request: JobRequest, caller: str = "") -> Job:
         """Check a request for which a place is held, and queue its job; return the one it made if it came before.
@@ -104,7 +125,7 @@ class Application:
             job = self._ledger.job(record)
             return self._jobs.get(job.name, job)
         job = Job(snapshot, self._ledger, spec, caller=caller)
-        self._jobs[job.name] = job
+        self._hold(job)
         self.scheduler.submit(job)
         return job
 
@@ -127,13 +148,17 @@ class Application:
         job = await self.get_job(name)
         if job.state.terminal:
             raise JobEnded(f"{job.name} is {job.state} and changes no more")
+        options = job.now.options
         if update.changes:
-            card = model_card(job.now.model)
             try:
-                options = steered(job.now.options, update.changes)
-                options.check_layers(card.architecture.layers)
+                options = steered(options, update.changes)
+                options.check_layers(model_card(job.now.model).architecture.layers)
             except InvalidOption as error:
                 raise InvalidField(f"options.{error.field}", error.reason) from error
+        if job.elsewhere:
+            await self._ledger.command(job, {UPDATE: dataclasses.asdict(update)})
+            return job
+        if update.changes:
             self.scheduler.steer(job, options, update.changes)
         if update.finish:
             self.scheduler.finish(job)
@@ -145,6 +170,12 @@ class Application:
     async def cancel_job(self, name: str) -> Job:
         """End a job, if it has not ended yet, and return it. Raises NotFound."""
         job = await self.get_job(name)
+        if job.elsewhere and not job.state.terminal:
+            await self._ledger.command(job, {CANCEL: True})
+            async with contextlib.aclosing(job.watch(NO_PREVIEW, job.snapshot().sequence)) as events:
+                async for _ in events:
+                    continue
+            return await self.get_job(name)
         self.scheduler.cancel(job)
         await job.ended()
         return job
@@ -152,12 +183,58 @@ class Application:
     async def delete_job(self, name: str) -> None:
         """Delete a job, ending it first. Raises NotFound."""
         job = await self.cancel_job(name)
-        self._jobs.pop(job.name, None)
         await self._ledger.delete(job.name)
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""
         self.scheduler.cancel(job)
+
+    def _hold(self, job: Job) -> None:
+        """Answer for a job until it has ended, or another server has it."""
+
+        async def forget() -> None:
+            await job.ended()
+            if job.gone:
+                self.scheduler.drop(job)
+            del self._jobs[job.name]
+
+        self._jobs[job.name] = job
+        self._begin(forget())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(self._tasks.discard)
+
+    async def _claim(self, *, alone: bool) -> None:
+        for job in await self._ledger.claim(alone=alone):
+            log.info("job taken up", job=job.name, state=job.state, sequence=job.now.sequence)
+            self._hold(job)
+            if job.state is JobState.RUNNING:
+                job.queued()
+            if job.state is JobState.QUEUED:
+                self.scheduler.submit(job)
+
+    async def _tend(self) -> None:
+        """Prolong leases, do what callers of other servers want, and take up what those servers leave behind."""
+        while True:
+            await asyncio.sleep(TEND_S)
+            try:
+                for name, command in (await self._ledger.renew()).items():
+                    await self._obey(name, command)
+                await self._claim(alone=False)
+            except RequestError as error:
+                log.error("leases not renewed", error=str(error))
+
+    async def _obey(self, name: str, command: Mapping[str, Any]) -> None:
+        if (job := self._jobs.get(name)) is None:
+            return
+        try:
+            if CANCEL in command:
+                self.scheduler.cancel(job)
+            else:
+                await self.update_job(name, JobUpdate(**command[UPDATE]))
+        except RequestError as error:  # it was checked when it was given, and the job has moved on since
+            log.info("command came too late", job=name, error=str(error))
 
     async def _load(self, job: Job) -> None:
         """Make the spec of a job out of its stored request."""

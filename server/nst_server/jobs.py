@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nst_model.options import StylizeOptions
 from nst_server import images
-from nst_server.errors import Moved
+from nst_server.errors import RequestError
 from nst_server.images import EncodedImage, Encoding, ImageFormat
 from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 10.0
 """A stream that has nothing to tell says so after this time."""
+
+FOLLOW_S = 0.5
+"""How often the archive is asked for news of a job on another server."""
 
 
 class JobState(StrEnum):
@@ -241,7 +244,8 @@ class Job:
     Attributes:
         finishing: whether its caller said that the best picture so far is enough.
         checkpoint: where a worker can go on from.
-        owner: who may write to the archive; with `attempt` it is the fence.
+        elsewhere: whether another server has the job: then the archive tells what happens to it.
+        every_frame: whether somebody wants each picture that is due, and not just the newest.
     """
 
     def __init__(
@@ -252,19 +256,25 @@ class Job:
         self.spec = spec
         self.finishing = False
         self.checkpoint: Checkpoint | None = None
-        self.owner = ""
+        self.elsewhere = False
+        self.every_frame = False
         self._archive = archive
         self._now = self._shown = snapshot
         self._before = snapshot.sequence  # events up to this one are in the archive only
         self._log: list[Event] = []
         self._picture: Picture | None = None
         self._watchers: set[asyncio.Event] = set()
-        self._lost: Exception | None = None
+        self._lost: RequestError | None = None
 
     @property
     def state(self) -> JobState:
         """Where the job stands, whether or not that is durable yet."""
         return self._now.state
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing more will be heard of the job here."""
+        return self._lost is not None
 
     @property
     def now(self) -> JobSnapshot:
@@ -275,9 +285,8 @@ class Job:
         """Return the job as far as is durable."""
         return self._shown
 
-    def leased(self, owner: str, attempt: int) -> None:
+    def attempted(self, attempt: int) -> None:
         """Note that an attempt at the job begins."""
-        self.owner = owner
         self._now = replace(self._now, attempt=attempt)
 
     def started(self, device: str, precision: str) -> None:
@@ -318,12 +327,10 @@ class Job:
     def paused(self) -> None:
         """Note that the job waits until its caller wants it to go on."""
         self._enter(JobState.PAUSED, device="", precision="")
-        self.owner = ""
 
     def queued(self) -> None:
         """Note that the job waits for a device again."""
         self._enter(JobState.QUEUED, device="", precision="")
-        self.owner = ""
 
     def moved(self, queue_position: int) -> None:
         """Note that the queue moved on."""
@@ -337,13 +344,13 @@ class Job:
         self._shown = shown
         self._wake()
 
-    def lost(self, error: Exception) -> None:
-        """Note that another server has the job now: nothing more will be heard of it here."""
+    def lost(self, error: RequestError) -> None:
+        """Note why nothing more will be heard of the job here."""
         self._lost = error
         self._wake()
 
     async def ended(self) -> None:
-        """Wait until the job has ended, and that is durable, or somebody else has it."""
+        """Wait until the job has ended, and that is durable, or nothing more will be heard of it here."""
         wakeup = asyncio.Event()
         self._watchers.add(wakeup)
         try:
@@ -365,7 +372,7 @@ class Job:
         """Yield a snapshot, then every event after a number, and pictures as they come; ends after the terminal event.
 
         The log is read at the watcher's own pace, and the picture's slot holds the newest only: a slow watcher costs
-        nothing but its own frames. Raises Moved when another server has taken the job.
+        nothing but its own frames. Raises what `lost` was told.
         """
         wakeup = asyncio.Event()
         self._watchers.add(wakeup)
@@ -377,6 +384,10 @@ class Job:
                     cursor = event.sequence
                     yield await self._whole(event)
             cursor = max(cursor, self._before)  # what is compacted is in the snapshot
+            if self.elsewhere and not self._shown.state.terminal:
+                async for event in self._follow(cursor, heartbeat_s):
+                    yield event
+                return
             while True:
                 wakeup.clear()
                 while cursor < self._before + len(self._log):
@@ -389,7 +400,7 @@ class Job:
                 if self._shown.state.terminal:
                     return
                 if self._lost is not None:
-                    raise Moved(f"{self.name} has been taken over by another server") from self._lost
+                    raise self._lost
                 if frame := await self._due_frame(preview, last_frame):
                     last_frame = frame.iteration
                     yield self._event(frame, cursor)
@@ -400,6 +411,21 @@ class Job:
                     yield self._event(Heartbeat(), cursor)
         finally:
             self._watchers.discard(wakeup)
+
+    async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
+        """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
+        quiet_s = 0.0
+        while True:
+            for event in await self._archive.events(self.name, cursor):
+                cursor, quiet_s = event.sequence, 0.0
+                yield await self._whole(event)
+                if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
+                    return
+            await asyncio.sleep(FOLLOW_S)
+            quiet_s += FOLLOW_S
+            if quiet_s >= heartbeat_s:
+                quiet_s = 0.0
+                yield self._event(Heartbeat(), cursor)
 
     async def _whole(self, event: Event) -> Event:
         """Return an event with the file that belongs to it."""

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from nst_server import archive
-from nst_server.errors import NotFound, RequestError, RequestIdReused
+from nst_server.errors import Moved, NotFound, RequestError, RequestIdReused
 from nst_server.jobs import Event, Job, JobSnapshot, JobState
 from nst_server.journal import Journal
 from nst_server.messages import Checkpoint
@@ -24,32 +24,33 @@ from nst_server.storage.records import Batch, Fence, ImageRecord, JobRecord
 
 log = structlog.get_logger()
 
-LEASE_S = 10.0
-"""A server that has not renewed its leases for so long is taken for dead, and its jobs go back to the queue."""
-
-RENEW_S = 3.0
+LEASE_S = 15.0
+"""A server that has not renewed its leases for so long is taken for dead, and another takes its jobs."""
 
 
 class Ledger:
-    """Everything durable of the jobs of one server. An `Archive` for its jobs."""
+    """Everything durable of the jobs of one server. An `Archive` for its jobs.
+
+    Attributes:
+        owner: this server, to others that use the same store.
+    """
 
     def __init__(self, store: JobStore, blobs: Blobs) -> None:
         self.owner = uuid.uuid4().hex
         self.store = store
         self.blobs = blobs
         self.journal = Journal(store)
-        self._renewing = asyncio.create_task(self._renew(), name="leases")
         self._chores: set[asyncio.Task[None]] = set()
 
     async def close(self, patience_s: float) -> None:
-        """Write what is left, give back all leases, and close the store."""
-        self._renewing.cancel()
-        await asyncio.wait([self._renewing, *self._chores])
+        """Write what is left, give up all jobs that have not ended, and close the store."""
         await self.journal.close(patience_s)
+        if self._chores:
+            await asyncio.wait(self._chores)
         try:
             await self.store.release(self.owner)
         except RequestError as error:
-            log.error("leases not given back", error=str(error))
+            log.error("jobs not given up", error=str(error))
         await self.store.close()
 
     def append(self, job: Job, events: Sequence[Event], images: Sequence[str]) -> None:
@@ -62,7 +63,7 @@ class Ledger:
             images,
             self._fence(job),
         )
-        self.journal.add(batch, lambda failure: job.lost(failure) if failure else job.written(events, now))
+        self.journal.add(batch, lambda failure: self._refused(job, failure) if failure else job.written(events, now))
 
     async def events(self, name: str, after: int) -> list[Event]:
         """Return some of a job's events after a number; see `jobs.Archive`."""
@@ -86,6 +87,8 @@ class Ledger:
             width=snapshot.width,
             height=snapshot.height,
             request=request,
+            owner=self.owner,
+            lease_until=_in(LEASE_S),
             **archive.columns(snapshot),
         )
         return await self.store.create(record, images=images)
@@ -94,6 +97,7 @@ class Ledger:
         """Return a job as it is stored."""
         job = Job(archive.snapshot_from_record(record), self, caller=record.caller)
         job.checkpoint = archive.checkpoint_from_json(record.checkpoint)
+        job.elsewhere = record.owner not in ("", self.owner)
         return job
 
     async def get(self, name: str) -> Job:
@@ -116,19 +120,23 @@ class Ledger:
         records = await self.store.list(caller, [state.value for state in states], page_size, before)
         return [self.job(record) for record in records]
 
-    async def left(self, *, alone: bool) -> list[JobRecord]:
-        """Take over what servers that are gone have left, and return the jobs that have not ended, oldest first.
+    async def claim(self, *, alone: bool) -> list[Job]:
+        """Take the jobs that servers that are gone have left, and return them, the oldest first.
 
-        `alone` says that no other server can be using the store: then nobody's lease needs to be waited for.
+        `alone` says that no other server can be using the store: then nobody's lease needs to run out.
         """
-        open_states = [state.value for state in JobState if not state.terminal]
-        found = await self.store.list(states=open_states, page_size=100_000)
-        if alone:
-            for owner in {record.owner for record in found} - {"", self.owner}:
-                await self.store.release(owner)
-        else:
-            await self.store.release_expired(datetime.now(UTC))
-        return sorted((record for record in found if alone or not record.owner), key=lambda record: record.create_time)
+        found = await self.store.claim(self.owner, _in(LEASE_S), None if alone else datetime.now(UTC))
+        return [self.job(record) for record in found]
+
+    async def renew(self) -> dict[str, Any]:
+        """Prolong the leases of this server's jobs; return the commands that other servers left for them, by name."""
+        held = await self.store.renew(self.owner, _in(LEASE_S))
+        return {f"jobs/{id}": command for id, command in held.items() if command is not None}
+
+    async def command(self, job: Job, command: dict[str, Any]) -> None:
+        """Leave a command for the server that has a job. Raises Moved if it cannot be left now."""
+        if not await self.store.command(_id(job.name), command):
+            raise Moved(f"{job.name} is on another server, which has not carried out the last command yet")
 
     async def delete(self, name: str) -> None:
         """Delete a job with its events and checkpoints; its images go when nothing else holds them. Raises NotFound."""
@@ -147,13 +155,14 @@ class Ledger:
         except NotFound as error:
             raise NotFound(field, f"there is no image {name!r}") from error
 
-    async def lease(self, job: Job) -> bool:
-        """Take a waiting job for the next attempt at it; return False if it waits no more."""
+    async def attempt(self, job: Job) -> bool:
+        """Begin the next attempt at a queued job; return False if this server has it no more."""
         await self.journal.flush()
-        record = await self.store.lease(_id(job.name), self.owner, _in(LEASE_S))
+        record = await self.store.attempt(_id(job.name), self.owner)
         if record is None:
+            job.lost(Moved(f"{job.name} has been taken over by another server"))
             return False
-        job.leased(self.owner, record.attempt)
+        job.attempted(record.attempt)
         return True
 
     async def keep_image(
@@ -182,8 +191,13 @@ class Ledger:
         job.checkpoint = None
         self._later(self.blobs.remove_below(f"checkpoints/{_id(job.name)}/"))
 
-    def _fence(self, job: Job) -> Fence | None:
-        return Fence(job.owner, job.now.attempt) if job.owner else None
+    def _fence(self, job: Job) -> Fence:
+        return Fence(self.owner, job.now.attempt)
+
+    def _refused(self, job: Job, failure: Exception) -> None:
+        """Give a job up whose events the store refuses: another server has it."""
+        log.error("job lost", job=job.name, error=str(failure))
+        job.lost(Moved(f"{job.name} has been taken over by another server"))
 
     def _later(self, work: Any) -> None:
         async def chore() -> None:
@@ -194,14 +208,6 @@ class Ledger:
 
         self._chores.add(task := asyncio.create_task(chore()))
         task.add_done_callback(self._chores.discard)
-
-    async def _renew(self) -> None:
-        while True:
-            try:
-                await self.store.renew(self.owner, _in(LEASE_S))
-            except RequestError as error:
-                log.error("leases not renewed", error=str(error))
-            await asyncio.sleep(RENEW_S)
 
 
 def _id(name: str) -> str:

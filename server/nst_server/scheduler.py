@@ -67,8 +67,8 @@ MEDIA_TYPES = {
 class Keeping(Protocol):
     """What the scheduler needs of the ledger."""
 
-    async def lease(self, job: Job) -> bool:
-        """Take a waiting job; return False if it waits no more."""
+    async def attempt(self, job: Job) -> bool:
+        """Begin the next attempt at a queued job; return False if this server has it no more."""
 
     async def keep_image(self, data: bytes, width: int, height: int, media_type: str) -> None:
         """Keep an image file."""
@@ -150,6 +150,13 @@ class Scheduler:
             job.cancelled()
             self._ended(job)
 
+    def drop(self, job: Job) -> None:
+        """Do no more for a job that another server has."""
+        if job.name in self._running:
+            self._running[job.name][1].order(Cancel(job.name))
+        else:
+            self._leave(job)
+
     def pause(self, job: Job) -> None:
         """Let a job wait without a device until `resume`; does nothing if it has ended."""
         if job.name in self._running:
@@ -203,7 +210,8 @@ class Scheduler:
             loop.cancel()
         await asyncio.gather(*self._loops.values(), *self._endings, return_exceptions=True)
         for job, _ in self._running.values():  # its worker did not answer: the last checkpoint must do
-            job.queued()
+            if not (job.gone or job.state.terminal):
+                job.queued()
         self._running.clear()
 
     async def _serve(self, executor: Executor) -> None:
@@ -247,8 +255,8 @@ class Scheduler:
         end.add_done_callback(self._endings.discard)
 
     async def _task(self, job: Job) -> StylizeTask | None:
-        """Return the task of a job that is leased now; None if somebody else has it."""
-        if not await self._ledger.lease(job):
+        """Return the task of the next attempt at a job; None if another server has it."""
+        if not await self._ledger.attempt(job):
             return None
         if job.spec is None:
             await self._load(job)
@@ -269,6 +277,8 @@ class Scheduler:
 
     async def _end(self, job: Job, ending: Ending) -> None:
         wanted = self._wanted.pop(job.name, None)
+        if job.gone:
+            return
         match ending:
             case Done():
                 await self._picture(job, ending)

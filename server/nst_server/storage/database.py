@@ -144,11 +144,6 @@ class JobStore:
         query = select(jobs).where(jobs.c.caller == caller, jobs.c.request_id == request_id, jobs.c.request_id != "")
         return next(iter(await self._read(lambda connection: _jobs(connection, query))), None)
 
-    async def waiting(self) -> list[JobRecord]:
-        """Return the jobs that nobody works on yet, in the order they came."""
-        query = select(jobs).where(jobs.c.state == QUEUED, jobs.c.owner == "").order_by(jobs.c.create_time, jobs.c.id)
-        return await self._read(lambda connection: _jobs(connection, query))
-
     async def delete(self, id: str) -> None:
         """Delete a job with its events; its images stay until they are collected. Raises NotFound."""
 
@@ -158,27 +153,56 @@ class JobStore:
 
         await self._write(work)
 
-    async def lease(self, id: str, owner: str, until: datetime) -> JobRecord | None:
-        """Take a waiting job for the next attempt and return it; None if it waits no more."""
-        taken = {"owner": owner, "lease_until": until, "attempt": jobs.c.attempt + 1}
-        statement = update(jobs).where(jobs.c.id == id, jobs.c.state == QUEUED, jobs.c.owner == "").values(taken)
+    async def claim(self, owner: str, until: datetime, now: datetime | None = None) -> list[JobRecord]:
+        """Take the jobs that have not ended and that nobody holds any more, and return them, the oldest first.
+
+        Those are the ones whose owner gave them up or has not renewed its leases before `now`; None says that every
+        other owner is gone.
+        """
+        others = jobs.c.owner != owner
+        left = others if now is None else or_(jobs.c.owner == "", and_(others, jobs.c.lease_until < now))
+        statement = update(jobs).where(jobs.c.state.not_in(ENDED), left).values(owner=owner, lease_until=until)
+
+        def work(connection: Connection) -> list[JobRecord]:
+            taken = list(connection.scalars(statement.returning(jobs.c.id)))
+            query = select(jobs).where(jobs.c.id.in_(taken)).order_by(jobs.c.create_time, jobs.c.id)
+            return _jobs(connection, query)
+
+        return await self._write(work)
+
+    async def attempt(self, id: str, owner: str) -> JobRecord | None:
+        """Begin the next attempt at a queued job and return it; None if it is not queued or another owner's."""
+        mine = update(jobs).where(jobs.c.id == id, jobs.c.state == QUEUED, jobs.c.owner == owner)
+        statement = mine.values(attempt=jobs.c.attempt + 1)
 
         def work(connection: Connection) -> JobRecord | None:
             return _get(connection, id) if connection.execute(statement).rowcount else None
 
         return await self._write(work)
 
-    async def renew(self, owner: str, until: datetime) -> list[str]:
-        """Prolong every lease of an owner; return the ids of its jobs."""
-        return await self._changed(update(jobs).where(jobs.c.owner == owner).values(lease_until=until))
+    async def renew(self, owner: str, until: datetime) -> dict[str, Json | None]:
+        """Prolong every lease of an owner; return the ids of its jobs, each with the command left for it, if any.
+
+        A command is returned once.
+        """
+
+        def work(connection: Connection) -> dict[str, Json | None]:
+            mine = jobs.c.owner == owner
+            held = dict(connection.execute(select(jobs.c.id, jobs.c.command).where(mine).with_for_update()).all())
+            connection.execute(update(jobs).where(mine).values(lease_until=until, command=None))
+            return held
+
+        return await self._write(work)
+
+    async def command(self, id: str, command: Json) -> bool:
+        """Leave a command for the owner of a job, and return whether it will get it: not if one waits, or it ended."""
+        free = and_(jobs.c.id == id, jobs.c.command.is_(None), jobs.c.state.not_in(ENDED))
+        statement = update(jobs).where(free).values(command=command)
+        return await self._write(lambda connection: bool(connection.execute(statement).rowcount))
 
     async def release(self, owner: str) -> list[str]:
-        """Put every job that an owner works on back into the queue; return their ids."""
-        return await self._changed(_released().where(jobs.c.owner == owner))
-
-    async def release_expired(self, now: datetime) -> list[str]:
-        """Put every job whose lease was not renewed in time back into the queue; return their ids."""
-        return await self._changed(_released().where(jobs.c.owner != "", jobs.c.lease_until < now))
+        """Give up every job of an owner, as it is; return their ids."""
+        return await self._changed(update(jobs).where(jobs.c.owner == owner).values(owner="", lease_until=None))
 
     async def append(
         self,
@@ -190,7 +214,7 @@ class JobStore:
     ) -> None:
         """Add events to a job, change its columns, and let it hold images.
 
-        A job that ends or goes back to the queue loses its lease. Raises LeaseLost if another than the fence's owner
+        A job that ends loses its lease. Raises LeaseLost if another than the fence's owner
         and attempt has the lease, OutOfSequence unless the events continue the job's, JobEnded if the job has ended and
         this is more than a change of columns other than the state, NotFound.
         """
@@ -404,7 +428,7 @@ def _append(connection: Connection, batch: Batch) -> None:
         allowed += [jobs.c.owner == batch.fence.owner, jobs.c.attempt == batch.fence.attempt]
     if _moves(batch):
         allowed.append(jobs.c.state.not_in(ENDED))
-    if changes.get("state") in (QUEUED, *ENDED):
+    if changes.get("state") in ENDED:
         changes |= {"owner": "", "lease_until": None}
     if not connection.execute(update(jobs).where(*allowed).values(changes)).rowcount:
         raise _hindrance(_get(connection, batch.id), batch)
@@ -424,7 +448,7 @@ def _hindrance(job: JobRecord, batch: Batch) -> Exception:
     if job.state in ENDED and _moves(batch):
         return JobEnded(f"the job {job.id!r} has {job.state} and changes no more")
     if batch.fence and batch.fence != (job.owner, job.attempt):
-        holder = f"{job.owner} has attempt {job.attempt}" if job.owner else f"nobody works on attempt {job.attempt}"
+        holder = f"{job.owner} has attempt {job.attempt}" if job.owner else f"nobody has attempt {job.attempt}"
         return LeaseLost(f"{batch.fence.owner} lost attempt {batch.fence.attempt} of job {job.id!r}; {holder}")
     return OutOfSequence(f"the next event of job {job.id!r} is {job.sequence + 1}, not {batch.events[0].sequence}")
 
@@ -452,10 +476,6 @@ def _jobs(connection: Connection, query: Select[Any]) -> list[JobRecord]:
 
 def _no_job(id: str) -> NotFound:
     return NotFound("name", f"there is no job {id!r}")
-
-
-def _released() -> Update:
-    return update(jobs).values(state=QUEUED, owner="", lease_until=None)
 
 
 def _loose(older_than: datetime) -> Any:

@@ -27,9 +27,9 @@ class JobRecord:
         request_sha256: of the request, by which a repetition is told from a reuse of its id.
         request: what was asked for, as the server checked it.
         attempt: how often a worker took the job; with `owner` it is the fence of a worker's writes.
-        owner: who works on the job until `lease_until`, empty for nobody.
+        owner: which server has the job until `lease_until`, whether it runs or waits there; empty for none.
         sequence: number of the last event; `compacted`: events of progress up to this one are gone.
-        checkpoint: where to go on from; `command`: what the worker is still to be told.
+        checkpoint: where to go on from; `command`: what its owner is still to be told.
     """
 
     id: str
@@ -71,7 +71,7 @@ class EventRecord:
 
 
 class Fence(NamedTuple):
-    """Whose write it is: only the worker that holds the job's lease may write."""
+    """Whose write it is: only the owner of the job's lease may write, and only of its newest attempt."""
 
     owner: str
     attempt: int
@@ -85,7 +85,7 @@ class Batch:
         events: numbered on from the job's last.
         changes: new values of columns of the job.
         images: SHA-256s of images that the job holds from now on.
-        fence: None for what the front decides.
+        fence: None for whoever it is.
     """
 
     id: str

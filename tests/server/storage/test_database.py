@@ -47,8 +47,9 @@ def image(sha256: str, last_used_s: float = 0, size: int = 10) -> ImageRecord:
 
 
 async def leased(store: JobStore, id: str = "a", owner: str = "w") -> Fence:
-    """Take a job; return the fence of its holder."""
-    taken = await store.lease(id, owner, NOW + 10 * SECOND)
+    """Take the jobs that nobody has, and begin an attempt at one; return the fence of its holder."""
+    await store.claim(owner, NOW + 10 * SECOND, NOW)
+    taken = await store.attempt(id, owner)
     assert taken is not None
     return Fence(taken.owner, taken.attempt)
 
@@ -184,7 +185,8 @@ async def test_what_is_not_there_is_not_found(store: JobStore) -> None:
     ):
         with pytest.raises(NotFound, match="there is no"):
             await missing
-    assert await store.lease("x", "w", NOW) is None
+    assert await store.attempt("x", "w") is None
+    assert not await store.command("x", {"cancel": True})
     assert await store.events("x") == []
 
 
@@ -201,39 +203,59 @@ async def test_a_deleted_job_takes_its_events_along(store: JobStore) -> None:
         await store.delete("a")
 
 
-async def test_a_waiting_job_is_taken_once(store: JobStore) -> None:
-    """By one of many who try; its attempt rises, it waits no more, and it can be renewed."""
+async def test_a_job_is_claimed_once(store: JobStore) -> None:
+    """By one of many who try; it can be renewed, and each attempt has a number of its own."""
     for id, after_s in (("b", 1), ("a", 0), ("c", 2)):
         await store.create(job(id, after_s))
-    assert [record.id for record in await store.waiting()] == ["a", "b", "c"]
 
-    taken = await asyncio.gather(*[store.lease("a", f"w{number}", NOW + SECOND) for number in range(8)])
+    claims = await asyncio.gather(*[store.claim(f"w{number}", NOW + SECOND, NOW) for number in range(8)])
 
-    (lease,) = [record for record in taken if record]
-    assert (lease.attempt, lease.lease_until, lease.state) == (1, NOW + SECOND, "queued")
-    assert [record.id for record in await store.waiting()] == ["b", "c"]
-    assert await store.renew(lease.owner, NOW + 5 * SECOND) == ["a"]
+    (taken,) = [records for records in claims if records]
+    assert [record.id for record in taken] == ["a", "b", "c"]
+    owner = taken[0].owner
+    assert [(record.attempt, record.lease_until, record.state) for record in taken] == [(0, NOW + SECOND, "queued")] * 3
+    assert await store.attempt("a", "w99") is None
+    begun = await asyncio.gather(*[store.attempt("a", owner) for _ in range(3)])
+    assert sorted(record.attempt for record in begun if record) == [1, 2, 3]
+    await store.append("a", Fence(owner, 3), changes={"state": "running"})
+    assert await store.attempt("a", owner) is None
+    assert await store.renew(owner, NOW + 5 * SECOND) == {"a": None, "b": None, "c": None}
     assert (await store.get("a")).lease_until == NOW + 5 * SECOND
-    assert await store.renew("w99", NOW) == []
+    assert await store.renew("w99", NOW) == {}
 
 
-async def test_a_lost_lease_goes_back_to_the_queue(store: JobStore) -> None:
-    """When its time is over or its owner starts anew, and only then; the attempt rises when it is taken again."""
-    for id in "abc":
+async def test_a_lost_lease_is_claimed(store: JobStore) -> None:
+    """When its time is over or its owner gives it up, and only then; the job is as it was, paused or not."""
+    for id, owner in (("a", "w1"), ("b", "w2"), ("c", "w2")):
         await store.create(job(id))
-    for id, owner in (("a", "w1"), ("b", "w2")):
         fence = await leased(store, id, owner)
-        await store.append(id, fence, changes={"state": "running"})
+        await store.append(id, fence, changes={"state": "paused" if id == "c" else "running"})
     await store.renew("w2", NOW + 100 * SECOND)
 
-    assert await store.release_expired(NOW + 10 * SECOND) == []
-    assert await store.release_expired(NOW + 11 * SECOND) == ["a"]
-    back = await store.get("a")
-    assert (back.state, back.owner, back.lease_until, back.attempt) == ("queued", "", None, 1)
-    assert (await leased(store, "a", "w3")).attempt == 2
+    assert await store.claim("w3", NOW + 99 * SECOND, NOW + 10 * SECOND) == []
+    (back,) = await store.claim("w3", NOW + 99 * SECOND, NOW + 11 * SECOND)
+    assert (back.id, back.state, back.owner, back.attempt) == ("a", "running", "w3", 1)
     assert await store.release("w1") == []
-    assert await store.release("w2") == ["b"]
-    assert [record.id for record in await store.waiting()] == ["b", "c"]
+    assert sorted(await store.release("w2")) == ["b", "c"]
+    found = await store.claim("w4", NOW + 99 * SECOND, NOW)
+    assert [(record.id, record.state) for record in found] == [("b", "running"), ("c", "paused")]
+    assert [record.id for record in await store.claim("w5", NOW + 99 * SECOND)] == ["a", "b", "c"]
+
+
+async def test_a_command_reaches_the_owner_once(store: JobStore) -> None:
+    """With the next renewal of its leases; a second one has to wait, and an ended job takes none."""
+    for id in "ab":
+        await store.create(job(id))
+        await leased(store, id)
+
+    assert await store.command("a", {"cancel": True})
+    assert not await store.command("a", {"finish": True})
+    assert await store.renew("other", NOW) == {}
+    assert await store.renew("w", NOW + SECOND) == {"a": {"cancel": True}, "b": None}
+    assert await store.renew("w", NOW + SECOND) == {"a": None, "b": None}
+    assert await store.command("a", {"finish": True})
+    await store.append("b", changes={"state": "failed"})
+    assert not await store.command("b", {"cancel": True})
 
 
 async def test_a_stale_worker_is_refused(store: JobStore) -> None:
@@ -241,9 +263,10 @@ async def test_a_stale_worker_is_refused(store: JobStore) -> None:
     await store.create(job(), events(1, 1, "state"))
     stale = await leased(store)
     await store.append("a", stale, events(2, 3), {"state": "running"})
-    await store.release_expired(NOW + 11 * SECOND)
+    await store.append("a", stale, changes={"state": "queued"})
+    await store.release("w")
 
-    with pytest.raises(LeaseLost, match="nobody works on attempt 1"):
+    with pytest.raises(LeaseLost, match="nobody has attempt 1"):
         await store.append("a", stale, events(4, 4), {"progress": {"iteration": 4}})
     fresh = await leased(store)
     with pytest.raises(LeaseLost, match="w lost attempt 1 of job 'a'; w has attempt 2"):
@@ -314,8 +337,8 @@ async def test_an_ended_job_stays_ended(store: JobStore, end: str) -> None:
 
     now = await store.get("a")
     assert (now.state, now.owner, now.lease_until, now.checkpoint) == (end, "", None, None)
-    assert await store.release_expired(NOW + 99 * SECOND) == await store.release("w") == await store.waiting() == []
-    assert await store.lease("a", "w", NOW) is None
+    assert await store.claim("w2", NOW + 99 * SECOND) == await store.release("w") == []
+    assert await store.attempt("a", "w") is None
 
 
 async def test_a_job_ends_once_when_cancel_races_with_finish(store: JobStore, where: Path | str) -> None:
@@ -546,8 +569,8 @@ from nst_server.storage.records import EventRecord, Fence, JobRecord
 async def main(where):
     store = await JobStore.open(where)
     job, _ = await store.create(JobRecord("a", datetime.now(UTC), request_id="r"))
-    await store.release("w")
-    job = await store.lease("a", "w", datetime.now(UTC))
+    await store.claim("w", datetime.now(UTC))
+    job = await store.attempt("a", "w")
     number = job.sequence
     while True:
         batch = [EventRecord(number + n, job.attempt, datetime.now(UTC), "progress", {"number": number + n})
