@@ -12,9 +12,11 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from nst_server.errors import RequestError
 from nst_server.executor import ExecutorUnavailable
-from nst_server.server import AddressInUse, Server
+from nst_server.server import AddressInUse, DataFolderInUse, Server
 from nst_server.settings import Settings, load_settings
+from nst_server.storage.faults import SchemaNewer
 
 
 def main() -> None:
@@ -32,7 +34,15 @@ def main() -> None:
     configure_log(settings.log_format)
     try:
         asyncio.run(serve(settings))
-    except (AddressInUse, ExecutorUnavailable, OSError) as error:
+    except (
+        AddressInUse,
+        DataFolderInUse,
+        ExecutorUnavailable,
+        ModuleNotFoundError,
+        OSError,
+        RequestError,
+        SchemaNewer,
+    ) as error:
         print(f"nst-server: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -26,9 +26,10 @@ from nst_model.cache import cached_file, published_sha256
 from nst_model.options import plain, steered
 from nst_server import images
 from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, NotFound, RequestError
+from nst_server.frames import PreviewSpec
 from nst_server.gram_cache import GramCache
 from nst_server.images import Encoding, ImageFormat
-from nst_server.jobs import Job, JobSnapshot, JobSpec, JobState, PreviewSpec
+from nst_server.jobs import Event, Job, JobSnapshot, JobSpec, JobState
 from nst_server.ledger import Ledger
 from nst_server.messages import PrepareTask, StyleImage
 from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source, fingerprint
@@ -184,6 +185,12 @@ class Application:
         """Delete a job, ending it first. Raises NotFound."""
         job = await self.cancel_job(name)
         await self._ledger.delete(job.name)
+
+    def watch(self, job: Job, preview: PreviewSpec, after: int = 0) -> AsyncGenerator[Event]:
+        """Return what happens to a job after an event; see `Job.watch`."""
+        if preview.every_frame and preview.interval:
+            self.scheduler.every_frame(job)
+        return job.watch(preview, after)
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""

@@ -26,15 +26,14 @@ from nst.v1 import (
 from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions
 from nst_model.options import MAX_WEIGHT, PRESETS, bounds_of, default_of
 from nst_server.errors import InvalidField
+from nst_server.frames import Frame, PreviewSpec
 from nst_server.images import EncodedImage, Encoding, ImageFormat
 from nst_server.jobs import (
     Event,
     Finished,
-    Frame,
     Heartbeat,
     JobSnapshot,
     JobState,
-    PreviewSpec,
     StateChanged,
     StoredResult,
 )
@@ -211,7 +210,7 @@ def preview_from_proto(message: style_transfer_service_pb2.Preview) -> PreviewSp
     _check_range("preview.interval", interval, 0, 10_000)
     _check_range("preview.size_px", size_px, 16, 4096)
     encoding = encoding_from_proto(message.encoding, PREVIEW_ENCODING, "preview.encoding")
-    return PreviewSpec(interval, size_px, encoding)
+    return PreviewSpec(interval, size_px, encoding, message.every_frame)
 
 
 def encoding_from_proto(

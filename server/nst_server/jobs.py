@@ -12,11 +12,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from nst_model.options import StylizeOptions
-from nst_server import images
 from nst_server.errors import RequestError
+from nst_server.frames import Frame, Frames, Newest, Picture, PreviewSpec, Spooled
 from nst_server.images import EncodedImage, Encoding, ImageFormat
 from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage
 
@@ -161,15 +161,6 @@ class StateChanged:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The picture at one iteration. `skipped` frames were due to this watcher and left out before it."""
-
-    image: EncodedImage
-    iteration: int
-    skipped: int
-
-
-@dataclass(frozen=True)
 class Heartbeat:
     """Nothing has happened for a while."""
 
@@ -187,35 +178,6 @@ class Event:
     payload: Payload
 
 
-@dataclass(frozen=True)
-class PreviewSpec:
-    """Which pictures a watcher wants: every `interval`-th (0 for none), at most `size_px` on the longer edge."""
-
-    interval: int
-    size_px: int
-    encoding: Encoding
-
-
-class Picture:
-    """The newest picture of a job. It is encoded once for each way of encoding, whoever asks."""
-
-    def __init__(self, pictured: Pictured, width: int, height: int, alpha: Mask | None) -> None:
-        self.iteration = pictured.iteration
-        self._size = (width, height)  # of the finished picture: those of coarser scales are shown as large
-        self._pixels = pictured.pixels
-        self._alpha = alpha
-        self._encoded: dict[tuple[int, Encoding], asyncio.Task[EncodedImage]] = {}
-
-    async def encoded(self, preview: PreviewSpec) -> EncodedImage:
-        """Return the picture as a watcher wants it."""
-        key = (preview.size_px, preview.encoding)
-        if key not in self._encoded:
-            size = images.preview_size(*self._size, preview.size_px)
-            work = asyncio.to_thread(images.encode, self._pixels, preview.encoding, size, alpha=self._alpha)
-            self._encoded[key] = asyncio.create_task(work)
-        return await asyncio.shield(self._encoded[key])
-
-
 class Archive(Protocol):
     """Where a job's events and files are kept."""
 
@@ -227,6 +189,9 @@ class Archive(Protocol):
 
     async def file(self, sha256: str) -> bytes:
         """Return a result's file."""
+
+    def spool(self) -> BinaryIO:
+        """Return an empty file for frames that wait, which is gone when it is closed."""
 
 
 class Job:
@@ -263,6 +228,7 @@ class Job:
         self._before = snapshot.sequence  # events up to this one are in the archive only
         self._log: list[Event] = []
         self._picture: Picture | None = None
+        self._frames: set[Frames] = set()
         self._watchers: set[asyncio.Event] = set()
         self._lost: RequestError | None = None
 
@@ -303,6 +269,8 @@ class Job:
         """Put the newest picture into its slot."""
         alpha = None if self.spec is None else self.spec.alpha
         self._picture = Picture(pictured, self._now.width, self._now.height, alpha)
+        for frames in self._frames:
+            frames.offer(self._picture)
         self._wake()
 
     def steered(self, options: StylizeOptions) -> None:
@@ -371,46 +339,68 @@ class Job:
     ) -> AsyncGenerator[Event]:
         """Yield a snapshot, then every event after a number, and pictures as they come; ends after the terminal event.
 
-        The log is read at the watcher's own pace, and the picture's slot holds the newest only: a slow watcher costs
-        nothing but its own frames. Raises what `lost` was told.
+        The log is read at the watcher's own pace. Raises what `lost` was told.
         """
         wakeup = asyncio.Event()
         self._watchers.add(wakeup)
+        frames: Frames = Newest(preview)
+        if preview.every_frame and preview.interval:
+            frames = Spooled(preview, self._archive.spool(), wakeup.set)
+        self._frames.add(frames)
+        if self._picture is not None:
+            frames.offer(self._picture)
         try:
-            cursor, last_frame = after, -preview.interval
-            yield self._event(self._shown, cursor)
-            while cursor < self._before and (events := await self._archive.events(self.name, cursor)):
-                for event in events:
-                    cursor = event.sequence
-                    yield await self._whole(event)
+            yield self._event(self._shown, after)
+            told = -1 if self._shown.progress is None else self._shown.progress.iteration
+            cursor = after
+            async for event in self._past(after):
+                cursor = event.sequence  # it may be one that has come since
+                yield event
             cursor = max(cursor, self._before)  # what is compacted is in the snapshot
             if self.elsewhere and not self._shown.state.terminal:
-                async for event in self._follow(cursor, heartbeat_s):
-                    yield event
-                return
-            while True:
-                wakeup.clear()
-                while cursor < self._before + len(self._log):
-                    event = self._log[cursor - self._before]
-                    if isinstance(event.payload, Finished) and (frame := await self._due_frame(preview, last_frame)):
-                        last_frame = frame.iteration
-                        yield self._event(frame, cursor)
-                    cursor += 1
-                    yield await self._whole(event)
-                if self._shown.state.terminal:
-                    return
-                if self._lost is not None:
-                    raise self._lost
-                if frame := await self._due_frame(preview, last_frame):
-                    last_frame = frame.iteration
-                    yield self._event(frame, cursor)
-                    continue
-                try:
-                    await asyncio.wait_for(wakeup.wait(), heartbeat_s)
-                except TimeoutError:
-                    yield self._event(Heartbeat(), cursor)
+                present = self._follow(cursor, heartbeat_s)
+            else:
+                present = self._present(cursor, told, frames, wakeup, heartbeat_s)
+            async for event in present:
+                yield event
         finally:
             self._watchers.discard(wakeup)
+            self._frames.discard(frames)
+            frames.close()
+
+    async def _past(self, cursor: int) -> AsyncGenerator[Event]:
+        """Yield the events after a number that are in the archive only."""
+        while cursor < self._before and (events := await self._archive.events(self.name, cursor)):
+            for event in events:
+                cursor = event.sequence
+                yield await self._whole(event)
+
+    async def _present(
+        self, cursor: int, told: int, frames: Frames, wakeup: asyncio.Event, heartbeat_s: float
+    ) -> AsyncGenerator[Event]:
+        """Yield the events after a number that have been seen here, and those to come, with frames in between."""
+        while True:
+            wakeup.clear()
+            while cursor < self._before + len(self._log):
+                event = self._log[cursor - self._before]
+                if isinstance(event.payload, Finished):
+                    while frame := await frames.due(told, ending=True):
+                        yield self._event(frame, cursor)
+                if isinstance(event.payload, Progressed):
+                    told = event.payload.iteration
+                cursor += 1
+                yield await self._whole(event)
+            if self._shown.state.terminal:
+                return
+            if self._lost is not None:
+                raise self._lost
+            if frame := await frames.due(told):
+                yield self._event(frame, cursor)
+                continue
+            try:
+                await asyncio.wait_for(wakeup.wait(), heartbeat_s)
+            except TimeoutError:
+                yield self._event(Heartbeat(), cursor)
 
     async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
@@ -433,13 +423,6 @@ class Job:
             return event
         data = await self._archive.file(event.payload.result.sha256)
         return replace(event, payload=replace(event.payload, data=data))
-
-    async def _due_frame(self, preview: PreviewSpec, last: int) -> Frame | None:
-        picture = self._picture
-        if not preview.interval or picture is None or picture.iteration <= last or picture.iteration % preview.interval:
-            return None
-        image = await picture.encoded(preview)
-        return Frame(image, picture.iteration, (picture.iteration - last) // preview.interval - 1)
 
     def _enter(self, state: JobState, **changes: Any) -> None:
         assert not self.state.terminal, f"{self.name} is {self.state} and cannot become {state}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import io
+import tempfile
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import structlog
 
@@ -20,6 +23,7 @@ from nst_server.messages import Checkpoint
 from nst_server.requests import JobRequest
 from nst_server.storage.blobs import Blobs
 from nst_server.storage.database import JobStore
+from nst_server.storage.faults import refused
 from nst_server.storage.records import Batch, Fence, ImageRecord, JobRecord
 
 log = structlog.get_logger()
@@ -31,14 +35,18 @@ LEASE_S = 15.0
 class Ledger:
     """Everything durable of the jobs of one server. An `Archive` for its jobs.
 
+    Args:
+        spool: folder for frames that wait to be read; None for memory.
+
     Attributes:
         owner: this server, to others that use the same store.
     """
 
-    def __init__(self, store: JobStore, blobs: Blobs) -> None:
+    def __init__(self, store: JobStore, blobs: Blobs, spool: Path | None) -> None:
         self.owner = uuid.uuid4().hex
         self.store = store
         self.blobs = blobs
+        self._spool = spool
         self.journal = Journal(store)
         self._chores: set[asyncio.Task[None]] = set()
 
@@ -73,6 +81,14 @@ class Ledger:
         """Return a result's file; see `jobs.Archive`."""
         return await self.blobs.get(sha256)
 
+    def spool(self) -> BinaryIO:
+        """Return an empty file that is gone when it is closed; see `jobs.Archive`."""
+        if self._spool is None:
+            return io.BytesIO()
+        with refused(f"the folder {self._spool}"):
+            self._spool.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryFile(dir=self._spool)
+
     async def create(
         self, snapshot: JobSnapshot, request: dict[str, Any], request_sha256: str, images: Sequence[str], caller: str
     ) -> tuple[JobRecord, bool]:
@@ -97,7 +113,7 @@ class Ledger:
         """Return a job as it is stored."""
         job = Job(archive.snapshot_from_record(record), self, caller=record.caller)
         job.checkpoint = archive.checkpoint_from_json(record.checkpoint)
-        job.elsewhere = record.owner not in ("", self.owner)
+        job.elsewhere = record.owner != self.owner
         return job
 
     async def get(self, name: str) -> Job:

@@ -95,6 +95,7 @@ class StylizeTask:
         bit_depth: bits a channel of the result's pixels, 8 or 16.
         checkpoint: where to go on from; None to begin.
         attempt: tells the checkpoints of one attempt at the job from those of another.
+        every_frame: send each picture that is wanted, however slow the pipe.
     """
 
     id: str
@@ -107,6 +108,7 @@ class StylizeTask:
     bit_depth: int = 8
     checkpoint: Checkpoint | None = None
     attempt: int = 1
+    every_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,14 @@ class Suspend:
     id: str
 
 
-Order = Cancel | Steer | Finish | Suspend
+@dataclass(frozen=True)
+class EveryFrame:
+    """From now on, send each picture of the task of that id that is wanted, however slow the pipe."""
+
+    id: str
+
+
+Order = Cancel | Steer | Finish | Suspend | EveryFrame
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from nst_model import StylizeOptions
 from nst_model.options import plain
+from nst_server.frames import PreviewSpec
 from nst_server.images import Encoding, ImageFormat
-from nst_server.jobs import PreviewSpec
 
 
 @dataclass(frozen=True)

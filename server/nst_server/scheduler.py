@@ -23,6 +23,7 @@ from nst_server.messages import (
     Checkpoint,
     Done,
     Ending,
+    EveryFrame,
     Failed,
     Finish,
     Kept,
@@ -102,7 +103,7 @@ class Scheduler:
         self._deaths: collections.Counter[str] = collections.Counter()
         self._work = asyncio.Event()
         self._loops: dict[Executor, asyncio.Task[None]] = {}
-        self._endings: set[asyncio.Task[None]] = set()
+        self._endings: dict[str, asyncio.Task[None]] = {}  # of jobs whose picture is there, and being encoded
         self._stopping = False
         self._typical_s = TYPICAL_JOB_S
 
@@ -142,10 +143,10 @@ class Scheduler:
             self._work.set()
 
     def cancel(self, job: Job) -> None:
-        """End a job; does nothing if it has ended."""
+        """End a job; does nothing if it has ended, or its picture is there."""
         if job.name in self._running:
             self._running[job.name][1].order(Cancel(job.name))
-        elif not job.state.terminal:
+        elif not (job.state.terminal or job.name in self._endings):
             self._leave(job)
             job.cancelled()
             self._ended(job)
@@ -179,15 +180,21 @@ class Scheduler:
         job.finishing = True
         if job.name in self._running:
             self._running[job.name][1].order(Finish(job.name))
-        else:
+        elif job.name not in self._endings:
             self.resume(job)
 
     def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> None:
         """Let a job go on with other options, checked by the caller."""
         if job.name in self._running:
             self._running[job.name][1].order(Steer(job.name, changes))
-        else:
+        elif job.name not in self._endings:
             job.steered(options)
+
+    def every_frame(self, job: Job) -> None:
+        """Have each picture of a job sent that is due, from its next iteration on, and not just the newest."""
+        job.every_frame = True
+        if job.name in self._running:
+            self._running[job.name][1].order(EveryFrame(job.name))
 
     def estimated_start_s(self, job: Job) -> float | None:
         """Return in how many seconds a waiting job will probably get a device; None if it does not wait."""
@@ -208,7 +215,7 @@ class Scheduler:
             await asyncio.wait(busy, timeout=min(grace_s, SUSPEND_S))
         for loop in self._loops.values():
             loop.cancel()
-        await asyncio.gather(*self._loops.values(), *self._endings, return_exceptions=True)
+        await asyncio.gather(*self._loops.values(), *self._endings.values(), return_exceptions=True)
         for job, _ in self._running.values():  # its worker did not answer: the last checkpoint must do
             if not (job.gone or job.state.terminal):
                 job.queued()
@@ -250,9 +257,7 @@ class Scheduler:
         if ending is None:
             return
         self._typical_s += 0.3 * (time.monotonic() - began - self._typical_s)
-        # The executor is free for the next job while this one's picture is being encoded.
-        self._endings.add(end := asyncio.create_task(self._end(job, ending)))
-        end.add_done_callback(self._endings.discard)
+        self._end(job, ending)
 
     async def _task(self, job: Job) -> StylizeTask | None:
         """Return the task of the next attempt at a job; None if another server has it."""
@@ -273,15 +278,18 @@ class Scheduler:
             bit_depth=spec.output.bit_depth,
             checkpoint=job.checkpoint,
             attempt=job.now.attempt,
+            every_frame=job.every_frame,
         )
 
-    async def _end(self, job: Job, ending: Ending) -> None:
+    def _end(self, job: Job, ending: Ending) -> None:
         wanted = self._wanted.pop(job.name, None)
         if job.gone:
             return
         match ending:
             case Done():
-                await self._picture(job, ending)
+                # The executor is free for the next job while this one's picture is being encoded.
+                self._endings[job.name] = task = asyncio.create_task(self._picture(job, ending))
+                task.add_done_callback(lambda _: self._endings.pop(job.name))
             case Cancelled():
                 job.cancelled()
             case Suspended() if wanted is JobState.PAUSED:
@@ -313,6 +321,7 @@ class Scheduler:
             job.failed(JobError("INTERNAL", f"the result could not be encoded: {error}"))
         else:
             job.succeeded(StoredResult.of(image, done))
+        self._ended(job)
 
     def _again(self, job: Job) -> None:
         """Put a job that was broken off back into the queue, before its caller's others."""

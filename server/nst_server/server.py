@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import grpc
 import structlog
+from filelock import BaseFileLock, FileLock, Timeout
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -26,12 +28,13 @@ from nst.v1 import (
 )
 from nst_server.application import Application
 from nst_server.executor import ProcessExecutor
+from nst_server.housekeeping import Housekeeper
 from nst_server.ledger import Ledger
 from nst_server.library import Library
 from nst_server.messages import WorkerConfig
 from nst_server.services import Admission, ImageServicer, ModelServicer, StyleServicer, StyleTransferServicer
 from nst_server.settings import Settings
-from nst_server.storage.blobs import Blobs
+from nst_server.storage.blobs import MEMORY, Blobs
 from nst_server.storage.database import JobStore
 
 log = structlog.get_logger()
@@ -56,6 +59,10 @@ class AddressInUse(Exception):
     """The address to listen on cannot be had."""
 
 
+class DataFolderInUse(Exception):
+    """Another server uses the data folder."""
+
+
 class Server:
     """A server in this process, with its workers beside it. An async context manager.
 
@@ -70,25 +77,41 @@ class Server:
         self.address = settings.listen
         self.starting = True
         self.executors: list[ProcessExecutor] = []
+        self._lock: BaseFileLock | None = None
         self._ledger: Ledger | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
         self._application: Application | None = None
         self._health = health.aio.HealthServicer()
         self._grpc: grpc.aio.Server | None = None
 
     @property
     def _blobs(self) -> Path | str:
-        return self._settings.blobs or self._settings.data_dir / "blobs"
+        settings = self._settings
+        return MEMORY if settings.ephemeral else settings.blobs or settings.data_dir / "objects"
+
+    async def _open(self) -> Ledger:
+        """Open the database and the blobs, which nobody else may use if they are in the data folder."""
+        settings = self._settings
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(settings.data_dir / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DataFolderInUse(f"another nst-server uses the data folder {settings.data_dir}") from error
+        store = await JobStore.open(
+            MEMORY if settings.ephemeral else settings.database or settings.data_dir / "jobs.sqlite3"
+        )
+        return Ledger(store, Blobs.open(self._blobs), None if settings.ephemeral else settings.data_dir / "spool")
 
     async def start(self) -> None:
         """Listen, and start the workers; returns when jobs can be computed.
 
-        Raises AddressInUse, OSError for an unusable data folder, ExecutorUnavailable for a device or feature model
-        that cannot be had.
+        Raises AddressInUse, DataFolderInUse, OSError and RequestError for unusable storage, ValueError for a malformed
+        URL of it, SchemaNewer for a database of a newer server, ModuleNotFoundError for one whose driver is missing,
+        ExecutorUnavailable for a device or feature model that cannot be had.
         """
         settings = self._settings
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        store = await JobStore.open(settings.database or settings.data_dir / "jobs.sqlite3")
-        self._ledger = Ledger(store, Blobs.open(self._blobs))
+        self._ledger = await self._open()
         self._application = application = Application(settings, self._ledger)
         self._grpc = grpc.aio.server(
             interceptors=[Admission(application, settings.write_timeout_s)],
@@ -124,6 +147,9 @@ class Server:
         await application.take_up()
         await self._start_workers()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        keep = timedelta(days=settings.keep_days) if settings.keep_days else None
+        keep_bytes = round(settings.keep_gib * 2**30) if settings.keep_gib else None
+        self._housekeeping = asyncio.create_task(Housekeeper(self._ledger, keep, keep_bytes).run(), name="housekeeping")
         self.starting = False
         log.info("serving", address=self.address, devices=[executor.device for executor in self.executors])
 
@@ -133,6 +159,9 @@ class Server:
         if served:
             log.info("stopping")
         await self._health.enter_graceful_shutdown()
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            await asyncio.wait([self._housekeeping])
         if self._application is not None:
             await self._application.stop(self._settings.grace_s if grace_s is None else grace_s)
         if self._grpc is not None:
@@ -140,6 +169,8 @@ class Server:
         await asyncio.gather(*(executor.close() for executor in self.executors))
         if self._ledger is not None:
             await self._ledger.close(AFTERMATH_S)
+        if self._lock is not None:
+            self._lock.release()
         if served:
             log.info("stopped")
 
@@ -187,7 +218,7 @@ class Server:
                 weights=settings.weights,
                 grams=settings.data_dir / "grams",
                 grams_max_bytes=settings.gram_cache_mib * 1024 * 1024,
-                blobs=self._blobs,
+                blobs=None if settings.ephemeral else self._blobs,
                 checkpoint_interval_s=settings.checkpoint_interval_s,
             )
         )

@@ -25,7 +25,8 @@ from nst.v1 import (
 from nst_server import convert
 from nst_server.application import Application
 from nst_server.errors import Internal, InvalidField, Moved, RequestError, Unread
-from nst_server.jobs import Job, PreviewSpec
+from nst_server.frames import PreviewSpec
+from nst_server.jobs import Job
 from nst_server.library import Library
 from nst_server.status import abort
 from nst_server.styles import Style
@@ -189,7 +190,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     ) -> None:
         """Write a job's events. Raises Unread if the client does not read them."""
         try:
-            async with contextlib.aclosing(job.watch(preview, after)) as events:
+            async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
                 async for event in events:
                     for message in convert.event_to_proto(event):
                         # gRPC itself never gives up on a client that is connected and does not read.

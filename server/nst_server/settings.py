@@ -7,10 +7,10 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import platformdirs
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -36,7 +36,8 @@ class Settings(BaseSettings):
     listen: str = Field("localhost:50051", description="Address and port to listen on; port 0 takes a free one.")
     data_dir: Path = Field(
         platformdirs.user_data_path("nst"),
-        description="Folder of stored styles and their Gram matrices; made if it is not there.",
+        description="Folder of jobs, images, stored styles and their Gram matrices; made if it is not there. "
+        "One server uses it at a time.",
     )
     database: str = Field(
         "",
@@ -49,6 +50,19 @@ class Settings(BaseSettings):
     )
     checkpoint_interval_s: float = Field(
         5, ge=0.1, le=3600, description="A running job's state is kept this often at most, seconds."
+    )
+    ephemeral: bool = Field(
+        default=False, description="Keep jobs, images and checkpoints in memory only: they end with the server."
+    )
+    keep_days: float = Field(
+        30, ge=0, le=36_500, description="An ended job is deleted so many days after its end; 0 keeps it for ever."
+    )
+    keep_gib: float = Field(
+        20,
+        ge=0,
+        le=1_000_000,
+        description="Ended jobs are deleted, the oldest first, while the images of all jobs together are larger, GiB; "
+        "0 for no limit.",
     )
     devices: list[str] = Field(
         ["auto"],
@@ -82,6 +96,15 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field("console", description="How the log is written.")
 
     _toml: ClassVar[Path | None] = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        for name in ("database", "blobs"):
+            if self.ephemeral and getattr(self, name):
+                raise ValueError(f"ephemeral keeps everything in memory and must not go with {name}")
+        if self.database and not self.blobs:
+            raise ValueError("database needs blobs: servers that share one must share the other, s3://… or file://…")
+        return self
 
     @field_validator("default_model")
     @classmethod

@@ -38,6 +38,7 @@ from nst_server.messages import (
     Checkpoint,
     Done,
     Ending,
+    EveryFrame,
     Failed,
     Finish,
     Kept,
@@ -149,7 +150,7 @@ class Worker:
         reason, latest = "", -1
         for iterate in run:
             if iterate.index > latest:  # else the best one again, with the reason to stop
-                self._report(task, iterate, clock)
+                self._report(task, iterate, clock, every_frame=task.every_frame or control.every_frame)
             latest = iterate.index
             if iterate.stop_reason is not None:
                 reason = iterate.stop_reason.value
@@ -183,17 +184,21 @@ class Worker:
         for order in control.orders():
             if isinstance(order, Finish | Suspend):
                 return order
+            if isinstance(order, EveryFrame):
+                control.every_frame = True
+                continue
             assert isinstance(order, Steer)
             run.steer(**order.changes)
             self._sender.send(Steered(task.id, run.options))
         return None
 
-    def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock) -> None:
+    def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock, *, every_frame: bool) -> None:
         elapsed_s, rate, remaining_s = clock.tick(iterate.index, iterate.work)
         losses = (iterate.loss, iterate.content_loss, iterate.tv_loss, iterate.laplacian_loss, iterate.style_losses)
         self._sender.send(Progressed(task.id, iterate.index, iterate.iterations, *losses, elapsed_s, rate, remaining_s))
         if task.frame_interval and iterate.index % task.frame_interval == 0:
-            self._sender.send_picture(Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture)))
+            picture = Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture))
+            (self._sender.send if every_frame else self._sender.send_picture)(picture)
 
     def _prepare(self, task: PrepareTask, stop: threading.Event) -> None:
         model = self.model(task.model)
@@ -288,10 +293,12 @@ class Control:
 
     Attributes:
         stop: set when the task is cancelled.
+        every_frame: whether no picture may be left out.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self.every_frame = False
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
 
     def give(self, order: Order) -> None:

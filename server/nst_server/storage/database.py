@@ -262,6 +262,12 @@ class JobStore:
 
         await self._write(work)
 
+    async def ended_before(self, time: datetime) -> list[tuple[str, int]]:
+        """Return the jobs that ended before a time and are not compacted whole, each with its last event's number."""
+        old = and_(jobs.c.state.in_(ENDED), jobs.c.end_time < time, jobs.c.compacted < jobs.c.sequence)
+        query = select(jobs.c.id, jobs.c.sequence).where(old).order_by(jobs.c.end_time, jobs.c.id)
+        return await self._read(lambda connection: [(id, number) for id, number in connection.execute(query)])
+
     async def expired(self, older_than: datetime | None, keep_bytes: int | None = None) -> list[str]:
         """Return the jobs to delete, oldest end first: ended before a time, or beyond what may be kept.
 
@@ -313,6 +319,11 @@ class JobStore:
             return ImageRecord(**row._mapping)
 
         return await self._read(work)
+
+    async def known(self, sha256s: Collection[str]) -> set[str]:
+        """Return which of some images are noted."""
+        query = select(images.c.sha256).where(images.c.sha256.in_(sha256s))
+        return await self._read(lambda connection: set(connection.scalars(query)))
 
     async def unreferenced(self, older_than: datetime) -> list[str]:
         """Return the images that no job holds and that were last used before a time, oldest first."""
