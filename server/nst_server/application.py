@@ -95,6 +95,9 @@ class Application:
 
     async def stop(self, grace_s: float) -> None:
         """Take no more jobs, keep what those that run have done, and end every stream; see `Scheduler.stop`."""
+        for job in list(self._jobs.values()):
+            if job.state is not JobState.RUNNING:  # nothing will happen to it here any more
+                job.lost(STOPPING)
         await self.scheduler.stop(grace_s)
         with contextlib.suppress(TimeoutError):  # a store that takes nothing must not hold up the end
             async with asyncio.timeout(FLUSH_S):
@@ -117,7 +120,7 @@ class Application:
         if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
             return self._jobs.get(there.name, there)
         spec = await self._decode(self._checked, request)
-        snapshot = JobSnapshot.queued(spec, request.request_id)
+        snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
         for sha256, data in files.items():
             kind = await self._decode(images.kind_of, data)
             await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=sha256, caller=caller)

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -50,10 +50,10 @@ class Executor(Protocol):
     async def ready(self) -> None:
         """Wait until a task can be computed."""
 
-    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+    async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Compute a task and return how it ended; never raises for what happens to the task.
 
-        `report` gets its Started, Progressed and Pictured messages on the event loop.
+        `report` gets its other messages on the event loop; `orders` are those that have come already.
         """
 
     def order(self, order: Order) -> None:
@@ -111,11 +111,11 @@ class ProcessExecutor:
         if self._replacing is not None:
             await asyncio.shield(self._replacing)
 
-    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+    async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Compute a task; see Executor."""
         assert self._running is None, "an executor computes one task at a time"
         ending = asyncio.get_running_loop().create_future()
-        self._running = running = _Running(task, report, ending)
+        self._running = running = _Running(task, report, ending, orders=list(orders))
         try:
             await asyncio.to_thread(self._send, task)
             running.sent = True

@@ -103,7 +103,7 @@ class JobSnapshot:
     request_id: str = ""
 
     @classmethod
-    def queued(cls, spec: JobSpec, request_id: str = "") -> JobSnapshot:
+    def queued(cls, spec: JobSpec, request_id: str = "", queue_position: int = 0) -> JobSnapshot:
         """Return a new job."""
         height, width = spec.content.shape[:2]
         return cls(
@@ -116,7 +116,7 @@ class JobSnapshot:
             create_time=_utc(),
             start_time=None,
             end_time=None,
-            queue_position=0,
+            queue_position=queue_position,
             device="",
             precision="",
             progress=None,

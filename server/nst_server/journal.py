@@ -20,7 +20,9 @@ RETRY_S = 1.0
 
 @dataclass(frozen=True)
 class _Entry:
-    batch: Batch
+    """A batch to write, or None for the question whether all before it is written."""
+
+    batch: Batch | None
     settled: Callable[[Exception | None], None]
 
 
@@ -34,19 +36,19 @@ class Journal:
         self._store = store
         self._entries: list[_Entry] = []
         self._work = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._task = asyncio.create_task(self._write(), name="journal")
 
     def add(self, batch: Batch, settled: Callable[[Exception | None], None]) -> None:
         """Write a batch after all before it; `settled` is called when it is durable, or with why it never will be."""
         self._entries.append(_Entry(batch, settled))
-        self._idle.clear()
         self._work.set()
 
     async def flush(self) -> None:
         """Wait until everything added so far is settled."""
-        await self._idle.wait()
+        settled = asyncio.Event()
+        self._entries.append(_Entry(None, lambda _: settled.set()))
+        self._work.set()
+        await settled.wait()
 
     async def close(self, patience_s: float) -> None:
         """Write what is left, unless the store takes nothing for so long, and stop."""
@@ -65,12 +67,11 @@ class Journal:
             while self._entries:
                 entries = list(self._entries)
                 try:
-                    failures = await self._store.append_many([entry.batch for entry in entries])
+                    failures = iter(await self._store.append_many([entry.batch for entry in entries if entry.batch]))
                 except RequestError as error:
                     log.error("events cannot be written yet", error=str(error), entries=len(self._entries))
                     await asyncio.sleep(RETRY_S)
                     continue
                 del self._entries[: len(entries)]
-                for entry, failure in zip(entries, failures, strict=True):
-                    entry.settled(failure)
-            self._idle.set()
+                for entry in entries:
+                    entry.settled(next(failures) if entry.batch else None)

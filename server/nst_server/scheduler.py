@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import structlog
@@ -28,6 +28,7 @@ from nst_server.messages import (
     Finish,
     Kept,
     Message,
+    Order,
     Pictured,
     PrepareTask,
     Progressed,
@@ -53,7 +54,7 @@ MAX_DEATHS = 3
 """Workers that may die of one job, one after the other without a checkpoint in between, before it has failed."""
 
 SUSPEND_S = 5.0
-"""Of the grace at a stop: how long workers get to keep the state of what they compute, seconds."""
+"""Of the grace at a stop: how long workers get to keep the state of what they compute, seconds; at most half of it."""
 
 STOPPING = Stopping("the server is stopping and takes no more jobs")
 
@@ -81,6 +82,27 @@ class Keeping(Protocol):
         """Remove all that was kept of a job on the way."""
 
 
+class _Run:
+    """One attempt at a job. Orders that come before its task is made are kept for it."""
+
+    def __init__(self, job: Job, executor: Executor) -> None:
+        self.job = job
+        self.executor = executor
+        self._orders: list[Order] | None = []
+
+    def order(self, order: Order) -> None:
+        """Pass an order on."""
+        if self._orders is None:
+            self.executor.order(order)
+        else:
+            self._orders.append(order)
+
+    async def ending(self, task: StylizeTask, report: Callable[[Message], None]) -> Ending:
+        """Have the task computed; return how it ended."""
+        orders, self._orders = self._orders or [], None
+        return await _ending(self.executor, task, report, orders)
+
+
 class Scheduler:
     """Hands jobs to executors, and takes up those that were broken off.
 
@@ -98,7 +120,7 @@ class Scheduler:
         self._preparations: collections.deque[PrepareTask] = collections.deque()
         self._preparing: dict[Executor, PrepareTask] = {}
         self._reserved = 0
-        self._running: dict[str, tuple[Job, Executor]] = {}
+        self._running: dict[str, _Run] = {}
         self._wanted: dict[str, JobState] = {}  # what a suspended job is to become
         self._deaths: collections.Counter[str] = collections.Counter()
         self._work = asyncio.Event()
@@ -126,6 +148,10 @@ class Scheduler:
         finally:
             self._reserved -= 1
 
+    def next_position(self, caller: str) -> int:
+        """Return the place in the queue that a caller's next job would have."""
+        return self._waiting.place(caller)
+
     def submit(self, job: Job, *, first: bool = False) -> None:
         """Queue a job: a new one, for which `place` is held, or one that goes on, before its caller's others."""
         if self._stopping:
@@ -145,7 +171,7 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """End a job; does nothing if it has ended, or its picture is there."""
         if job.name in self._running:
-            self._running[job.name][1].order(Cancel(job.name))
+            self._running[job.name].order(Cancel(job.name))
         elif not (job.state.terminal or job.name in self._endings):
             self._leave(job)
             job.cancelled()
@@ -154,7 +180,7 @@ class Scheduler:
     def drop(self, job: Job) -> None:
         """Do no more for a job that another server has."""
         if job.name in self._running:
-            self._running[job.name][1].order(Cancel(job.name))
+            self._running[job.name].order(Cancel(job.name))
         else:
             self._leave(job)
 
@@ -162,7 +188,7 @@ class Scheduler:
         """Let a job wait without a device until `resume`; does nothing if it has ended."""
         if job.name in self._running:
             self._wanted[job.name] = JobState.PAUSED
-            self._running[job.name][1].order(Suspend(job.name))
+            self._running[job.name].order(Suspend(job.name))
         elif job.state is JobState.QUEUED:
             self._leave(job)
             job.paused()
@@ -179,14 +205,14 @@ class Scheduler:
         """End a job with the best picture so far; one that has made none yet begins, and ends at once."""
         job.finishing = True
         if job.name in self._running:
-            self._running[job.name][1].order(Finish(job.name))
+            self._running[job.name].order(Finish(job.name))
         elif job.name not in self._endings:
             self.resume(job)
 
     def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> None:
         """Let a job go on with other options, checked by the caller."""
         if job.name in self._running:
-            self._running[job.name][1].order(Steer(job.name, changes))
+            self._running[job.name].order(Steer(job.name, changes))
         elif job.name not in self._endings:
             job.steered(options)
 
@@ -194,7 +220,7 @@ class Scheduler:
         """Have each picture of a job sent that is due, from its next iteration on, and not just the newest."""
         job.every_frame = True
         if job.name in self._running:
-            self._running[job.name][1].order(EveryFrame(job.name))
+            self._running[job.name].order(EveryFrame(job.name))
 
     def estimated_start_s(self, job: Job) -> float | None:
         """Return in how many seconds a waiting job will probably get a device; None if it does not wait."""
@@ -206,19 +232,20 @@ class Scheduler:
         What has not ended is queued in the ledger then, for the next server.
         """
         self._stopping = True
+        suspend_s = min(SUSPEND_S, grace_s / 2)
         # Not the loops that wait for a worker or prepare a style: nobody waits for what they do.
-        if busy := [self._loops[executor] for _, executor in self._running.values()]:
-            await asyncio.wait(busy, timeout=max(0, grace_s - SUSPEND_S))
-        for job, executor in self._running.values():
-            executor.order(Suspend(job.name))
-        if busy := [self._loops[executor] for _, executor in self._running.values()]:
-            await asyncio.wait(busy, timeout=min(grace_s, SUSPEND_S))
+        if busy := [self._loops[run.executor] for run in self._running.values()]:
+            await asyncio.wait(busy, timeout=grace_s - suspend_s)
+        for run in self._running.values():
+            run.order(Suspend(run.job.name))
+        if busy := [self._loops[run.executor] for run in self._running.values()]:
+            await asyncio.wait(busy, timeout=suspend_s)
         for loop in self._loops.values():
             loop.cancel()
         await asyncio.gather(*self._loops.values(), *self._endings.values(), return_exceptions=True)
-        for job, _ in self._running.values():  # its worker did not answer: the last checkpoint must do
-            if not (job.gone or job.state.terminal):
-                job.queued()
+        for run in self._running.values():  # its worker did not answer: the last checkpoint must do
+            if not (run.job.gone or run.job.state.terminal):
+                run.job.queued()
         self._running.clear()
 
     async def _serve(self, executor: Executor) -> None:
@@ -235,7 +262,7 @@ class Scheduler:
     async def _prepare(self, task: PrepareTask, executor: Executor) -> None:
         self._preparing[executor] = task
         try:
-            ending = await _ending(executor, task, lambda _: None)
+            ending = await _ending(executor, task, lambda _: None, ())
         finally:
             del self._preparing[executor]
         if isinstance(ending, Cancelled):
@@ -244,12 +271,12 @@ class Scheduler:
             log.warning("style not prepared", style=task.id, error=ending.message)
 
     async def _run(self, job: Job, executor: Executor) -> None:
-        self._running[job.name] = (job, executor)
+        self._running[job.name] = run = _Run(job, executor)
         self._renumber()
         began = time.monotonic()
         try:
             task = await self._task(job)
-            ending = None if task is None else await _ending(executor, task, lambda m: self._note(job, m, executor))
+            ending = None if task is None else await run.ending(task, lambda message: self._note(run, message))
         except RequestError as error:
             ending = Failed(job.name, error.reason, str(error))
         if not self._stopping or ending is not None:
@@ -341,13 +368,14 @@ class Scheduler:
     def _wait_s(self, turns: int) -> float:
         return self._typical_s * turns / max(1, len(self._loops))
 
-    def _note(self, job: Job, message: Message, executor: Executor) -> None:
+    def _note(self, run: _Run, message: Message) -> None:
+        job = run.job
         match message:
             case Started():
-                job.started(executor.device, message.precision)
-                log.info("job started", job=job.name, device=executor.device, attempt=job.now.attempt)
+                job.started(run.executor.device, message.precision)
+                log.info("job started", job=job.name, device=run.executor.device, attempt=job.now.attempt)
                 if job.finishing:
-                    executor.order(Finish(job.name))
+                    run.order(Finish(job.name))
             case Progressed():
                 job.progressed(message)
             case Pictured():
@@ -376,9 +404,9 @@ class Scheduler:
         )
 
 
-async def _ending(executor: Executor, task: Task, report: Callable[[Message], None]) -> Ending:
+async def _ending(executor: Executor, task: Task, report: Callable[[Message], None], orders: Iterable[Order]) -> Ending:
     try:
-        return await executor.run(task, report)
+        return await executor.run(task, report, orders)
     except Exception as error:  # the loop that serves the executor must go on
         log.exception("executor failed", task=task.id)
         return Failed(task.id, "INTERNAL", f"{type(error).__name__}: {error}")

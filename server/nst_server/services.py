@@ -24,7 +24,7 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import Internal, InvalidField, Moved, RequestError, Unread
+from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, Unread
 from nst_server.frames import PreviewSpec
 from nst_server.jobs import Job
 from nst_server.library import Library
@@ -119,7 +119,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
             job = await self._application.create_job(asked)
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
-        except Moved:  # the server is stopping, which is no wish of the caller
+        except (Moved, Stopping):  # which is no wish of the caller: the job goes on
             raise
         except BaseException:
             # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.

@@ -26,6 +26,14 @@ class Waiting(Generic[Item]):
             for line in self._lines.values():
                 yield from line[turn : turn + 1]
 
+    def place(self, caller: str) -> int:
+        """Return how many items would be taken before the next one of a caller."""
+        callers = list(self._lines)
+        turn = len(self._lines.get(caller, ()))
+        ahead = callers.index(caller) if caller in self._lines else len(callers)
+        others = [min(len(self._lines[other]), turn + (place < ahead)) for place, other in enumerate(callers)]
+        return sum(others)  # its own line counts with all it has, which is `turn`
+
     def add(self, caller: str, item: Item, *, first: bool = False) -> None:
         """Let an item wait behind the others of its caller, or before them."""
         line = self._lines.setdefault(caller, [])

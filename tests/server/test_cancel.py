@@ -75,7 +75,7 @@ async def test_cancelling_a_running_job_frees_the_worker(caller: Caller, ask: As
     """The job ends as cancelled within one evaluation, nobody watches it any more, and the next one starts at once."""
     call = caller.jobs.Stylize(ask(**FOREVER))
     await read_until(call, "progress")
-    ((job, _),) = shared._application.scheduler._running.values()
+    (job,) = [run.job for run in shared._application.scheduler._running.values()]
 
     call.cancel()
     await until(lambda: not shared._application.scheduler._running, FREE_WITHIN_S)
@@ -129,7 +129,7 @@ async def test_a_queued_job_can_be_cancelled(caller: Caller, ask: Ask, shared: S
 
     assert (moved.state, moved.queue_position) == (job_pb2.JOB_STATE_QUEUED, 0)
     assert job.state == "cancelled"
-    assert job.start_time is None
+    assert job.now.start_time is None
     running.cancel()
     ended = await read_until(second, "result")
     assert ended.result.image.data
@@ -156,7 +156,7 @@ async def test_a_client_may_leave_between_result_and_last_event(caller: Caller, 
         await read_until(call, "snapshot")
         (job,) = [
             *shared._application.scheduler._waiting,
-            *(job for job, _ in shared._application.scheduler._running.values()),
+            *(run.job for run in shared._application.scheduler._running.values()),
         ]
         await read_until(call, "result")
         call.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import numpy as np
 import pytest
@@ -57,9 +57,10 @@ class Held:
         """Wait until the test says so."""
         await self.is_ready.wait()
 
-    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+    async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Wait for the test's word."""
         self.tasks.append(task)
+        self.orders += orders
         self._ending = asyncio.Future()
         report(Started(task.id, "fp32"))
         self.report = report
@@ -287,6 +288,27 @@ async def test_cancel_at_every_stage(scheduler: Queue) -> None:
         scheduler.cancel(job)
     assert hand.cancelled == [running.name]
     assert behind.state == "running"
+
+
+async def test_orders_that_come_while_a_task_is_made_are_not_lost(scheduler: Queue) -> None:
+    """Between a job's turn and its task there are the database and the decoding of its images."""
+    hand, attempting = Held(), asyncio.Event()
+    original = scheduler.ledger.attempt
+
+    async def slow(job: Job) -> bool:
+        await attempting.wait()
+        return await original(job)
+
+    scheduler.ledger.attempt = slow  # type: ignore[method-assign]
+    scheduler.add(hand)
+    job = submitted(scheduler)
+    await settled()
+    scheduler.every_frame(job)
+    scheduler.cancel(job)
+    assert (hand.tasks, job.state) == ([], "queued")
+    attempting.set()
+    await settled()
+    assert hand.orders == [EveryFrame(job.name), Cancel(job.name)]
 
 
 async def test_stop_waits_for_the_grace_and_then_suspends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,7 +393,7 @@ async def test_a_stalled_client_is_cut_off_and_costs_others_nothing(
     preview = {"encoding": {"format": "IMAGE_FORMAT_PNG"}}
     call = client.jobs.Stylize(ask(content=noise(512, 512), preview=preview, **(FOREVER | {"size_px": 512})))
     await read_until(call, "progress")
-    ((job, _),) = strict_server._application.scheduler._running.values()
+    (job,) = [run.job for run in strict_server._application.scheduler._running.values()]
 
     began = job.progress.iteration
     await until(lambda: bool(job.state.terminal), within_s=20)

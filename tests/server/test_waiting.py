@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from nst_server.waiting import Waiting
@@ -56,3 +58,18 @@ def test_items_leave_out_of_turn_and_come_back_first() -> None:
         queue.take()
     with pytest.raises(LookupError):
         queue.remove("a1")
+
+
+def test_the_place_of_the_next_item_is_known_before() -> None:
+    """For every caller, in whatever state the queue is."""
+    dice = random.Random(1)
+    for _ in range(300):
+        waiting: Waiting[int] = Waiting()
+        for number in range(dice.randrange(9)):
+            waiting.add(dice.choice("abc"), number)
+            if dice.random() < 0.3:
+                waiting.take()
+        caller = dice.choice("abcd")
+        expected = waiting.place(caller)
+        waiting.add(caller, 99)
+        assert list(waiting).index(99) == expected
