@@ -7,11 +7,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import structlog
@@ -35,7 +37,19 @@ log = structlog.get_logger()
 
 MAX_BACKOFF_S = 30.0
 KILL_AFTER_S = 5.0
-CONTEXT = multiprocessing.get_context("spawn")
+
+# Torch takes seconds to import. On Linux a process that has done so is there to be forked; macOS's libraries forbid it.
+CONTEXT: ForkServerContext | SpawnContext
+if sys.platform == "linux":
+    CONTEXT = multiprocessing.get_context("forkserver")
+    CONTEXT.set_forkserver_preload(["nst_server.preload"])
+else:
+    CONTEXT = multiprocessing.get_context("spawn")
+
+# GNU OpenMP's threads wait for one another by spinning. Beside any other program that takes the core a waiting one
+# spins for, and an iteration takes up to five times as long; to spin for a moment only costs nothing. OpenMP reads this
+# when torch is imported.
+SPINNING = {"GOMP_SPINCOUNT": "1000"}
 
 
 class ExecutorUnavailable(Exception):
@@ -82,7 +96,7 @@ class ProcessExecutor:
         self._config = config
         self.device = config.device
         self.devices: tuple[str, ...] = ()
-        self._process: SpawnProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._running: _Running | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -99,9 +113,11 @@ class ProcessExecutor:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_worker_main, args=(theirs, self._config), daemon=True, name="nst-worker")
+        await _warm()
+        arguments = (theirs, self._config, dict(os.environ))
+        process = CONTEXT.Process(target=_worker_main, args=arguments, daemon=True, name="nst-worker")
         with theirs:
-            process.start()  # takes about a millisecond; the interpreter's own start is not waited for
+            process.start()  # takes some milliseconds
         self._process, self._connection = process, ours
         threading.Thread(target=self._read, args=(ours, process, loop), daemon=True, name="worker-reader").start()
         await self._ready
@@ -152,7 +168,7 @@ class ProcessExecutor:
         with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
             self._connection.send(message)
 
-    def _read(self, connection: Connection, process: SpawnProcess, loop: asyncio.AbstractEventLoop) -> None:
+    def _read(self, connection: Connection, process: BaseProcess, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             while True:
                 try:
@@ -178,7 +194,7 @@ class ProcessExecutor:
                 if self._running is not None and self._running.task.id == message.id:
                     self._running.report(message)
 
-    def _died(self, process: SpawnProcess) -> None:
+    def _died(self, process: BaseProcess) -> None:
         if process is not self._process:
             return
         how = _exit_description(process.exitcode)
@@ -214,13 +230,32 @@ class ProcessExecutor:
             self._ready.set_exception(error)
 
 
-def _worker_main(connection: Connection, config: WorkerConfig) -> None:
+async def _warm() -> None:
+    """Wait until the process that workers are forked from, if there is one, can be."""
+    os.environ |= SPINNING | os.environ
+    loop, warm = asyncio.get_running_loop(), asyncio.Event()
+
+    def wait() -> None:
+        process = CONTEXT.Process(target=_nothing, daemon=True)
+        process.start()
+        process.join()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(warm.set)
+
+    if isinstance(CONTEXT, ForkServerContext):
+        threading.Thread(target=wait, daemon=True, name="warm").start()
+        await warm.wait()
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _worker_main(connection: Connection, config: WorkerConfig, environment: dict[str, str]) -> None:
     # Signals for the terminal's or the service's whole process group are the front's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # GNU OpenMP's threads wait for one another by spinning. Beside any other program that takes the core a waiting one
-    # spins for, and an iteration takes up to five times as long; to spin for a moment only costs nothing.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ |= environment  # it was forked from a process that was started before
     # Imported here, in the child: this module belongs to the front, which never imports torch.
     from nst_server.worker import main  # noqa: PLC0415
 

@@ -82,7 +82,7 @@ async def test_cancelling_a_running_job_frees_the_worker(caller: Caller, ask: As
 
     await until(lambda: bool(job.state.terminal))
     assert job.state == "cancelled"
-    assert job.end_time is not None
+    assert job.now.end_time is not None
     await until(lambda: not job._watchers)
     began = time.monotonic()
     await read_until(following := caller.jobs.Stylize(ask(**FOREVER)), "progress")
