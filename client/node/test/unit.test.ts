@@ -4,7 +4,7 @@ import { createHash, randomBytes } from 'node:crypto';
 import { mkdtemp, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, test } from 'node:test';
+import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { status } from '@grpc/grpc-js';
@@ -24,39 +24,13 @@ import {
   UnavailableError,
   type Job,
   type JobState,
-  type StylizeEvent,
   type StylizeOptions,
 } from '@nst/client';
 import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
 import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
+import { collect, connect, events, FINISHED, open, PHOTO, rejection } from './scripted_client.js';
 import { described, recorded } from './described.js';
-import {
-  parts,
-  reply,
-  richStatus,
-  ScriptedServer,
-  send,
-  wholeJob,
-  Wire,
-  type Script,
-  type StylizeCall,
-} from './scripted_server.js';
-
-const PHOTO = { content: Buffer.from('a photo'), styles: [Buffer.from('a style')] };
-const FINISHED = { stateChange: { job: { name: 'jobs/1', state: 'JOB_STATE_SUCCEEDED' } } } as const;
-
-const open: (() => void)[] = [];
-afterEach(() => {
-  for (const close of open.splice(0).reverse()) close();
-});
-
-async function connect(script: Script): Promise<NstClient> {
-  const server = await ScriptedServer.start(script);
-  const client = new NstClient(server.address);
-  open.push(() => server.stop());
-  open.push(() => client.close());
-  return client;
-}
+import { parts, reply, richStatus, ScriptedServer, send, wholeJob, Wire, type StylizeCall } from './scripted_server.js';
 
 /** A client whose every job consists of these events. */
 function scripted(...events: (JobEvent__Input | Buffer)[]): Promise<NstClient> {
@@ -71,26 +45,9 @@ function scripted(...events: (JobEvent__Input | Buffer)[]): Promise<NstClient> {
   });
 }
 
-async function collect(events: AsyncIterable<StylizeEvent>): Promise<StylizeEvent[]> {
-  const collected: StylizeEvent[] = [];
-  for await (const event of events) collected.push(event);
-  return collected;
-}
-
 /** The error that a job of these events throws. */
 async function failure(...events: (JobEvent__Input | Buffer)[]): Promise<Error> {
   return rejection(collect((await scripted(...events)).stylize(PHOTO)));
-}
-
-async function rejection(promise: Promise<unknown>): Promise<Error> {
-  return promise.then(
-    () => assert.fail('it did not throw'),
-    (error: Error) => error,
-  );
-}
-
-function events<Kind extends StylizeEvent['kind']>(all: StylizeEvent[], kind: Kind) {
-  return all.filter((event): event is Extract<StylizeEvent, { kind: Kind }> => event.kind === kind);
 }
 
 test('the public names are these', () => {
@@ -325,13 +282,13 @@ test('no server is an UnavailableError that names the address', async () => {
   client.close();
 });
 
-test('a connection lost on the way is an UnavailableError, and the next call connects again', async () => {
+test('without patience a connection lost on the way is an UnavailableError, and the next call connects again', async () => {
   const server = await ScriptedServer.start({
     stylize: (call) => send(call, { snapshot: {} }),
     ListModels: reply(() => ({ models: [{ name: 'models/a' }] })),
   });
   const wire = await Wire.to(server.address);
-  const client = new NstClient(wire.address);
+  const client = new NstClient(wire.address, { patienceMs: 0 });
   open.push(
     () => server.stop(),
     () => wire.close(),
@@ -346,9 +303,9 @@ test('a connection lost on the way is an UnavailableError, and the next call con
   assert.equal((await client.listModels()).length, 1);
 });
 
-test('a server that stops in the middle is an UnavailableError', async () => {
+test('a server that stops in the middle and does not come back is an UnavailableError', async () => {
   const server = await ScriptedServer.start({ stylize: (call) => send(call, { snapshot: {} }) });
-  const client = new NstClient(server.address);
+  const client = new NstClient(server.address, { patienceMs: 300 });
   open.push(() => client.close());
   const error = await rejection(
     (async () => {
@@ -792,7 +749,7 @@ test('a picture without parameters, with damaged ones, or with those of a newer 
   const png = (text: string) => described(text).png!;
   const changed = (change: object) => png(JSON.stringify({ ...recorded, nst: '2.0', ...change }));
   const whole = png(JSON.stringify(recorded));
-  const wrong: [nst.ImageSource, RegExp][] = [
+  const wrong: [nst.ImageFile, RegExp][] = [
     ...['', 'abc', 'a holiday', '"nst"', '5', '[]', '{"title":"x"}'].map((text): [Buffer, RegExp] => [
       png(text),
       /^the picture carries no parameters of nst: it was made by/,
