@@ -67,7 +67,7 @@ export class Stylization implements AsyncIterable<StylizeEvent> {
   #name = '';
   #job: Job | undefined;
   #lastSequence = 0;
-  #lastFrame = '';
+  #lastFrame = { attempt: -1, iteration: -1 };
   #snapshotSeen = false;
   /** Whether the result came, or came before the events that were asked for. */
   #finished = false;
@@ -203,10 +203,16 @@ export class Stylization implements AsyncIterable<StylizeEvent> {
       this.#name ||= event.job.name;
       if (!this.#job || event.job.sequence >= this.#job.sequence) this.#job = event.job;
     }
-    if (event.kind === 'snapshot') return !this.#snapshotSeen && (this.#snapshotSeen = true);
+    if (event.kind === 'snapshot') {
+      const again = this.#snapshotSeen;
+      this.#snapshotSeen = true;
+      return !again;
+    }
     if (event.kind === 'frame') {
-      const frame = `${event.attempt} ${event.iteration}`;
-      return frame !== this.#lastFrame && ((this.#lastFrame = frame), true);
+      const { attempt, iteration } = this.#lastFrame;
+      if (event.attempt === attempt && event.iteration <= iteration) return false;
+      this.#lastFrame = { attempt: event.attempt, iteration: event.iteration };
+      return true;
     }
     if (event.sequence <= this.#lastSequence) return false;
     this.#lastSequence = event.sequence;

@@ -28,7 +28,12 @@ export type StylizeCall = ServerWritableStream<StylizeRequest, StylizeResponse__
 export type WatchCall = ServerWritableStream<WatchJobRequest, StylizeResponse__Input | Buffer>;
 export type JobCall = StylizeCall | WatchCall;
 
-type Jobs = Omit<StyleTransferServiceHandlers, 'Stylize' | 'WatchJob'>;
+// Omit would forget the names that it leaves.
+type Jobs = {
+  [
+    Name in keyof StyleTransferServiceHandlers as Exclude<Name, 'Stylize' | 'WatchJob'>
+  ]: StyleTransferServiceHandlers[Name];
+};
 
 /** What a server does with its calls. */
 export type Script = {
@@ -58,7 +63,7 @@ const contract = (
 
 /** A running server that answers as the script says, and UNIMPLEMENTED to the rest. */
 export class ScriptedServer {
-  readonly #server = new Server();
+  readonly #server = new Server({ 'grpc.max_receive_message_length': 32 << 20 });
   address = '';
 
   static async start(script: Script): Promise<ScriptedServer> {

@@ -28,6 +28,7 @@ import {
 } from '@nst/client';
 import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
 import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
+import { contract, definitions } from './inside.js';
 import { collect, connect, events, FINISHED, open, PHOTO, rejection } from './scripted_client.js';
 import { described, recorded } from './described.js';
 import { parts, reply, richStatus, ScriptedServer, send, wholeJob, Wire, type StylizeCall } from './scripted_server.js';
@@ -498,6 +499,66 @@ test('a request carries what was given and nothing else', async () => {
   assert.deepEqual([request.preview?.interval, request.preview?.encoding?.quality], [0, 80]);
   assert.equal(request.output?.format, 'IMAGE_FORMAT_JPEG');
 });
+
+test('every option of the contract arrives as it was given', async () => {
+  let request: StylizeRequest | undefined;
+  const client = await connect({
+    stylize(call: StylizeCall) {
+      request = call.request;
+      return wholeJob(call);
+    },
+  });
+  const { field: fields } = contract.StylizeOptions.type as unknown as { field: OptionField[] };
+  assert.ok(fields.length >= 25);
+  for (const field of fields) {
+    for (const [given, expected] of samples(field)) {
+      await client.stylize({ ...PHOTO, options: { [field.name]: given } }).result();
+      const { [field.name]: arrived, ...others } = request!.options as unknown as Record<string, unknown>;
+      assert.deepEqual(arrived, expected, field.name);
+      assert.deepEqual(others, unset(fields, field.name), `${field.name} set another option`);
+    }
+  }
+});
+
+interface OptionField {
+  name: string;
+  type: string;
+  label: string;
+  typeName: string;
+}
+
+/** The choices of an enum, as the wire has them; the first is for none. */
+function choicesOf({ typeName }: OptionField): string[] {
+  const { value } = definitions[`nst.v1.${typeName}`]!.type as unknown as { value: { name: string }[] };
+  return value.map(({ name }) => name);
+}
+
+/** Values to give an option, and how each arrives. */
+function samples(field: OptionField): [given: unknown, arrived: unknown][] {
+  if (field.type === 'TYPE_ENUM') {
+    const [unspecified, ...choices] = choicesOf(field);
+    const prefix = unspecified!.slice(0, -'UNSPECIFIED'.length);
+    return choices.map((choice) => [choice.slice(prefix.length).toLowerCase(), choice]);
+  }
+  const values: Record<string, unknown[]> = {
+    TYPE_BOOL: [true, false],
+    TYPE_DOUBLE: [0, 0.1],
+    TYPE_MESSAGE: [{ relu1_1: 0.25, relu3_1: 0 }],
+  };
+  const samples = values[field.type] ?? (field.label === 'LABEL_REPEATED' ? [[9, 5]] : [0, 7]);
+  return samples.map((value) => [value, value]);
+}
+
+/** How the options that were not given arrive. */
+function unset(fields: OptionField[], given: string): Record<string, unknown> {
+  const unset: Record<string, unknown> = {};
+  for (const field of fields.filter(({ name }) => name !== given)) {
+    if (field.type === 'TYPE_ENUM') unset[field.name] = choicesOf(field)[0];
+    else if (field.type === 'TYPE_MESSAGE') unset[field.name] = {};
+    else if (field.label === 'LABEL_REPEATED') unset[field.name] = [];
+  }
+  return unset;
+}
 
 test('masks and the picture to start from are read like every other image', async () => {
   let request: StylizeRequest | undefined;
