@@ -133,6 +133,7 @@ test('a stream that breaks anywhere goes on there: every event once, one snapsho
       [[NAME, after, 100]],
     );
     assert.equal(stylization.job?.state, 'succeeded');
+    await sleep(20);
     assert.deepEqual(asked.cancelled, [], 'a job that has ended is not cancelled');
   }
 });
@@ -245,6 +246,7 @@ test('patience ends: an UnavailableError that names the job, which is left alone
   assert.ok(tookMs >= 690 && tookMs < 3000, `it took ${tookMs} ms`);
   assert.ok(watched >= 2 && watched <= 8, `it tried ${watched} times`);
   assert.equal(await rejection(stylization.result()), error);
+  await sleep(50);
   assert.deepEqual(asked.cancelled, []);
 });
 
@@ -282,13 +284,16 @@ test('a stream that fell silent is taken for broken, and its connection for dead
 });
 
 test('leaving the loop, aborting, the deadline and cancel() all send CancelJob and hang up', async () => {
-  const ways: Record<string, (client: NstClient) => Promise<unknown>> = {
+  const ways: Record<string, (client: NstClient, told: () => Promise<void>) => Promise<unknown>> = {
     async leaving(client) {
       for await (const event of client.stylize(PHOTO)) if (event.kind === 'progress') break;
     },
-    async aborting(client) {
+    async aborting(client, told) {
       const stop = new AbortController();
-      for await (const _ of client.stylize(PHOTO, { signal: stop.signal })) stop.abort();
+      for await (const _ of client.stylize(PHOTO, { signal: stop.signal })) {
+        stop.abort();
+        await told(); // though the loop is busy
+      }
     },
     deadline: (client) => collect(client.stylize(PHOTO, { deadlineMs: 200 })),
     async cancel(client) {
@@ -304,9 +309,12 @@ test('leaving the loop, aborting, the deadline and cancel() all send CancelJob a
       await tell(call, 0, 3);
     });
     const client = await connect(script);
-    const error = await leave(client).catch((error: unknown) => error);
+    const told = async () => {
+      while (!hungUp || asked.cancelled.length === 0) await sleep(5);
+    };
+    const error = await leave(client, told).catch((error: unknown) => error);
     assert.ok(way === 'leaving' ? error === undefined : error instanceof NstError, `${way}: ${error}`);
-    while (!hungUp || asked.cancelled.length === 0) await sleep(5);
+    await told();
     assert.deepEqual(asked.cancelled, [NAME], way);
   }
 });
