@@ -116,7 +116,7 @@ test('examples/sse.mjs streams a picture to a page, goes on when that comes back
     const names = [...stream.matchAll(/^event: (.*)$/gm)].map(([, name]) => name);
     assert.deepEqual(names, ['progress', 'picture', 'progress', 'picture', 'picture', 'end']);
     assert.match(stream, new RegExp(`^data: {"url":"data:image/png;base64,${btoa('the picture')}"}$`, 'm'));
-    assert.match(stream, /^id: jobs\/1 2\nevent: progress$/m);
+    assert.match(stream, /^id: jobs\/\d+ 2\nevent: progress$/m);
     assert.match(stream, /event: end\ndata: "done"\n\n$/);
 
     let after: unknown;
