@@ -121,9 +121,9 @@ class Application:
             return self._jobs.get(there.name, there)
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
-        for sha256, data in files.items():
+        for name, data in files.items():
             kind = await self._decode(images.kind_of, data)
-            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=sha256, caller=caller)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
         record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
         if not new:
             job = self._ledger.job(record)
@@ -255,8 +255,15 @@ class Application:
         """Return the file of an image on this server. Raises NotFound."""
         return await self._ledger.image_file(source.name, field)
 
-    async def create_style(self, style_id: str, display_name: str, files: Sequence[tuple[bytes, float]]) -> Style:
+    async def create_style(self, style_id: str, display_name: str, sources: Sequence[tuple[Source, float]]) -> Style:
         """Store a style; its Gram matrices for the defaults are computed when a device is idle."""
+        files = [
+            (
+                await self._file(source, f"style.images[{index}].image") if isinstance(source, ImageName) else source,
+                weight,
+            )
+            for index, (source, weight) in enumerate(sources)
+        ]
         style, pictures = await self._decode(self._create_style, style_id, display_name, files)
         for picture in pictures:
             self.scheduler.prepare(PrepareTask(style.name, self._settings.default_model, (picture,), StylizeOptions()))

@@ -179,10 +179,10 @@ def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> Jo
     )
 
 
-def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[bytes, float]]:
-    """Return the image files of a style to be created, each with its weight. Raises InvalidField."""
+def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[Source, float]]:
+    """Return the images of a style to be created, each with its weight. Raises InvalidField."""
     return [
-        (image.image.data, weight_from_proto(image, f"style.images[{index}].weight"))
+        (_source(image.image) or b"", weight_from_proto(image, f"style.images[{index}].weight"))
         for index, image in enumerate(message.images)
     ]
 

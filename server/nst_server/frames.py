@@ -83,12 +83,17 @@ class Frames(Protocol):
 
 
 class Newest:
-    """A slot for the newest picture: a slow watcher costs nothing but its own frames."""
+    """A slot for the newest picture: a slow watcher costs nothing but its own frames.
 
-    def __init__(self, preview: PreviewSpec) -> None:
+    Args:
+        told: up to which iteration the job had come when the stream began; −1 before the first.
+    """
+
+    def __init__(self, preview: PreviewSpec, told: int) -> None:
         self._preview = preview
         self._picture: Picture | None = None
-        self._last = -preview.interval
+        self._last = -1  # iteration that was shown
+        self._counted = told // max(1, preview.interval) * preview.interval  # frames up to here are no loss
 
     def offer(self, picture: Picture) -> None:
         """Put a picture into the slot; see Frames."""
@@ -101,8 +106,8 @@ class Newest:
         if picture is None or not self._last < picture.iteration <= told:
             return None
         image = await picture.encoded(self._preview)
-        skipped = (picture.iteration - self._last) // self._preview.interval - 1
-        self._last = picture.iteration
+        skipped = max(0, (picture.iteration - self._counted) // self._preview.interval - 1)
+        self._last = self._counted = picture.iteration
         return Frame(image, picture.iteration, skipped)
 
     def close(self) -> None:
@@ -124,7 +129,7 @@ class Spooled:
         self._preview = preview
         self._file = file
         self._wake = wake
-        self._last = -preview.interval
+        self._last = -1
         self._coming: asyncio.Queue[Picture] = asyncio.Queue()
         self._kept: collections.deque[tuple[EncodedImage, int, int, int, int]] = collections.deque()
         self._skipped = 0

@@ -343,7 +343,8 @@ class Job:
         """
         wakeup = asyncio.Event()
         self._watchers.add(wakeup)
-        frames: Frames = Newest(preview)
+        told = -1 if self._shown.progress is None else self._shown.progress.iteration
+        frames: Frames = Newest(preview, told)
         if preview.every_frame and preview.interval:
             frames = Spooled(preview, self._archive.spool(), wakeup.set)
         self._frames.add(frames)
@@ -351,7 +352,6 @@ class Job:
             frames.offer(self._picture)
         try:
             yield self._event(self._shown, after)
-            told = -1 if self._shown.progress is None else self._shown.progress.iteration
             cursor = after
             async for event in self._past(after):
                 cursor = event.sequence  # it may be one that has come since

@@ -137,8 +137,12 @@ class JobUpdate:
 
 
 def fingerprint(described: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a stored request, by which a repetition is told from another request."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of a stored request, by which a repetition is told from another request.
+
+    How a call watches its job is not part of it, but for how often there is a picture.
+    """
+    asked = {**described, "preview": described["preview"]["interval"], "cancel_on_disconnect": None}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _encoding(values: Mapping[str, Any]) -> Encoding:

@@ -77,6 +77,7 @@ class Server:
         self.address = settings.listen
         self.starting = True
         self.executors: list[ProcessExecutor] = []
+        self._stopped = False
         self._lock: BaseFileLock | None = None
         self._ledger: Ledger | None = None
         self._housekeeping: asyncio.Task[None] | None = None
@@ -155,6 +156,9 @@ class Server:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop."""
+        if self._stopped:
+            return
+        self._stopped = True
         served = not self.starting  # else whoever called `start` has the one line that matters
         if served:
             log.info("stopping")
