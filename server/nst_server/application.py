@@ -23,6 +23,7 @@ import structlog
 
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
+from nst_model.memory import largest_size_px, peak_bytes
 from nst_model.options import plain, steered
 from nst_server import images
 from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, NotFound, RequestError
@@ -46,6 +47,8 @@ MAX_STYLES = 16
 MAX_STYLE_IMAGES = 32
 MAX_STYLE_SIZE_PX = 4096
 MAX_DISPLAY_NAME = 200
+GIB = 2**30
+
 TEND_S = 2.0
 """How often a server that shares its database looks after its leases; far less than a lease lasts."""
 
@@ -324,6 +327,7 @@ class Application:
         picture = images.decode_with_alpha(_resolved(request.content), "content.data", self._max_pixels)
         content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         height, width = content.shape[:2]
+        self._check_memory(options, height, width, card)
         styles, described = self._job_styles(request.styles, options, (width, height))
         return JobSpec(
             model=card.name,
@@ -336,6 +340,18 @@ class Application:
             alpha=alpha,
             parameters=self._parameters(card.name, request, described),
         )
+
+    def _check_memory(self, options: StylizeOptions, height: int, width: int, card: ModelCard) -> None:
+        """Refuse a job that cannot fit, rather than let it fail after it has waited."""
+        limit = self._settings.memory_gib * GIB or self.scheduler.memory_bytes()
+        needed = peak_bytes(options, height, width, card.architecture)
+        if limit and needed > limit:
+            fitting = largest_size_px(options, height, width, card.architecture, limit)
+            raise InvalidField(
+                "options.size_px",
+                f"{options.size_px} px would take about {needed / GIB:.1f} GiB of memory, of which a job may take "
+                f"{limit / GIB:.1f} GiB here: with these options at most {fitting} px fit",
+            )
 
     def _parameters(self, model: str, request: JobRequest, styles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what a result's file says of its request, ready for JSON; see the contract's Encoding."""

@@ -60,6 +60,8 @@ class Executor(Protocol):
     """A place where one task at a time is computed."""
 
     device: str
+    memory_bytes: int
+    """What tasks may take of the device's memory; 0 if nobody knows."""
 
     async def ready(self) -> None:
         """Wait until a task can be computed."""
@@ -90,12 +92,14 @@ class ProcessExecutor:
     Attributes:
         device: the device's name, once started.
         devices: all devices that `auto` stands for on this machine, once started.
+        memory_bytes: what tasks may take of its memory, once started; 0 if nobody knows.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self.device = config.device
         self.devices: tuple[str, ...] = ()
+        self.memory_bytes = 0
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._running: _Running | None = None
@@ -183,6 +187,7 @@ class ProcessExecutor:
         match message:
             case Ready():
                 self.device, self.devices = message.device, message.devices
+                self.memory_bytes = message.memory_bytes
                 self._settle_ready(None)
             case Refused():
                 self._settle_ready(ExecutorUnavailable(message.message))

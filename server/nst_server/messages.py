@@ -170,10 +170,16 @@ class Shutdown:
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes tasks. `devices` are all those that `auto` stands for on this machine."""
+    """The worker takes tasks.
+
+    Attributes:
+        devices: all those that `auto` stands for on this machine.
+        memory_bytes: what tasks may take of the device's memory; 0 if nobody knows.
+    """
 
     device: str
     devices: tuple[str, ...]
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

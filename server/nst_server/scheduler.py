@@ -222,6 +222,10 @@ class Scheduler:
         if job.name in self._running:
             self._running[job.name].order(EveryFrame(job.name))
 
+    def memory_bytes(self) -> int:
+        """Return what a job may take of its device's memory, whichever it gets; 0 if nobody knows."""
+        return min((executor.memory_bytes for executor in self._loops if executor.memory_bytes), default=0)
+
     def estimated_start_s(self, job: Job) -> float | None:
         """Return in how many seconds a waiting job will probably get a device; None if it does not wait."""
         return self._wait_s(job.now.queue_position + 1) if job in self._waiting else None

@@ -82,6 +82,13 @@ class Settings(BaseSettings):
     max_image_mib: int = Field(256, ge=1, le=1024, description="Largest image file that may be uploaded in parts, MiB.")
     max_megapixels: int = Field(100, ge=1, le=1000, description="Largest picture a request may bring, million pixels.")
     max_size_px: int = Field(4096, ge=16, le=4096, description="Largest `size_px` a job may ask for, pixels.")
+    memory_gib: float = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Memory that a job may take of its device, GiB; one that would take more is refused. "
+        "0 stands for what the device has.",
+    )
     max_streams: int = Field(1000, ge=1, le=100_000, description="Calls served at once; one more is refused.")
     gram_cache_mib: int = Field(
         1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."

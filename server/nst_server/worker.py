@@ -24,6 +24,7 @@ import torch
 
 import nst_model
 from nst_model import FeatureModel, Iterate, NstModelError, Style, StylizeOptions
+from nst_model.devices import memory_bytes
 from nst_model.errors import DamagedState
 from nst_model.losses import MOMENTS
 from nst_model.state import State
@@ -85,7 +86,8 @@ def main(connection: Connection, config: WorkerConfig) -> None:
         sender.close()
         return
     reader = _Reader(connection)
-    sender.send(Ready(str(worker.model(config.model).device), tuple(nst_model.available_devices())))
+    device = worker.model(config.model).device
+    sender.send(Ready(str(device), tuple(nst_model.available_devices()), memory_bytes(device)))
     while True:
         task, control = reader.next_task()
         sender.send(worker.run(task, control))

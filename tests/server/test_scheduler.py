@@ -45,6 +45,7 @@ class Held:
     """An executor whose tasks end when the test says how."""
 
     device = "hand"
+    memory_bytes = 0
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
