@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
@@ -21,6 +22,7 @@ from PIL import Image
 
 from nst.v1 import (
     image_pb2,
+    image_service_pb2_grpc,
     job_pb2,
     model_service_pb2_grpc,
     options_pb2,
@@ -50,6 +52,12 @@ class Story:
     def __init__(self) -> None:
         self.steps: list[Any] = []
         self.sequence = 0
+        self.attempt = 1
+
+    def after(self, sequence: int, *, attempt: int = 1) -> Story:
+        """Go on counting after an event."""
+        self.sequence, self.attempt = sequence, attempt
+        return self
 
     def then(self, step: Any) -> Story:
         """Append a message, an exception to raise, seconds to sleep, or a function to call."""
@@ -59,8 +67,9 @@ class Story:
     def event(self, *, numbered: bool = False, **event: Any) -> Story:
         """Append an event."""
         self.sequence += numbered
-        message = job_pb2.JobEvent(sequence=self.sequence, attempt=1, **event)
+        message = job_pb2.JobEvent(sequence=self.sequence, attempt=self.attempt, **event)
         message.event_time.FromNanoseconds(1_700_000_000_000_000_000)
+        # WatchJobResponse is the same on the wire.
         return self.then(style_transfer_service_pb2.StylizeResponse(event=message))
 
     def job(self, state: str, **fields: Any) -> job_pb2.Job:
@@ -73,7 +82,7 @@ class Story:
 
     def snapshot(self, **fields: Any) -> Story:
         """Append the first event of every stream."""
-        return self.event(snapshot=self.job("QUEUED", **fields))
+        return self.event(snapshot=self.job(fields.pop("state", "QUEUED"), **fields))
 
     def state(self, state: str, **fields: Any) -> Story:
         """Append a state change."""
@@ -185,27 +194,91 @@ class Server:
     def __init__(self) -> None:
         self.address = ""
         self.requests: list[Any] = []
+        """What Stylize and CreateJob were asked for."""
+        self.calls: list[Any] = []
+        """Every request about jobs, in order."""
         self.metadata: list[dict[str, Any]] = []
         self.hung_up = threading.Event()
-        """Set when a client leaves a Stylize stream."""
+        """Set when a client leaves a stream."""
+        self.cancelled = threading.Event()
+        """Set when a client cancels the job."""
         self.grpc_server: grpc.Server
+
+    def asked(self, kind: str) -> list[Any]:
+        """Return the requests of one method."""
+        return [request for request in self.calls if type(request).__name__ == f"{kind}Request"]
 
 
 class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
-    """Answers every Stylize with one story."""
+    """Has one job. Answers each stream with the next of some stories, and the last one again and again."""
 
-    def __init__(self, server: Server, story: Story) -> None:
+    def __init__(self, server: Server, *stories: Story) -> None:
         self._server = server
-        self._story = story
+        self._stories = list(stories)
+        self._job = Story().job("QUEUED")
 
     def Stylize(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        """Tell the story."""
+        """Tell a story."""
         self._server.requests.append(request)
+        self._job.request_id = request.request_id
+        return self._told(request, context)
+
+    def WatchJob(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        """Tell a story."""
+        return self._told(request, context)
+
+    def CreateJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Return the job; refuse if the story begins with that, or break if it begins with a function that does."""
+        self._server.requests.append(request.request)
+        self._note(request, context)
+        self._job.request_id = request.request.request_id
+        match self._stories[0].steps:
+            case [Abort() as abort, *_]:
+                if len(self._stories) > 1:
+                    self._stories.pop(0)
+                context.abort_with_status(abort.status)
+        return self._job
+
+    def GetJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Return the job."""
+        self._note(request, context)
+        return self._job
+
+    def ListJobs(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Return the job, if anybody made it."""
+        self._note(request, context)
+        return style_transfer_service_pb2.ListJobsResponse(jobs=[self._job] if self._job.request_id else [])
+
+    def UpdateJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Pause or resume the job."""
+        self._note(request, context)
+        if request.HasField("paused"):
+            self._job.state = job_pb2.JOB_STATE_PAUSED if request.paused else job_pb2.JOB_STATE_QUEUED
+        return self._job
+
+    def CancelJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Note it."""
+        self._note(request, context)
+        self._job.state = job_pb2.JOB_STATE_CANCELLED
+        self._server.cancelled.set()
+        return self._job
+
+    def DeleteJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Note it."""
+        self._note(request, context)
+        return Empty()
+
+    def _note(self, request: Any, context: grpc.ServicerContext) -> None:
+        self._server.calls.append(request)
         self._server.metadata.append(dict(context.invocation_metadata()))
+
+    def _told(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        self._note(request, context)
+        story = self._stories.pop(0) if len(self._stories) > 1 else self._stories[0]
         left = threading.Event()
         context.add_callback(left.set)
         context.add_callback(self._server.hung_up.set)
-        for step in self._story.steps:
+        for step in story.steps:
             if isinstance(step, Abort):
                 context.abort_with_status(step.status)
             elif isinstance(step, Message):
@@ -262,8 +335,12 @@ def serve() -> Iterator[Callable[..., Server]]:
     def start(*served: Any, credentials: Any = None, options: Any = (), port: int = 0) -> Server:
         server = Server()
         server.grpc_server = grpc.server(ThreadPoolExecutor(16), options=options)
+        stories = [servicer for servicer in served if isinstance(servicer, Story)]
+        if stories:
+            add(server, StoryTeller(server, *stories))
         for servicer in served:
-            add(server, servicer)
+            if not isinstance(servicer, Story):
+                add(server, servicer)
         if credentials is None:
             port = server.grpc_server.add_insecure_port(f"localhost:{port}")
         else:
@@ -274,12 +351,12 @@ def serve() -> Iterator[Callable[..., Server]]:
         return server
 
     def add(server: Server, servicer: Any) -> None:
-        if isinstance(servicer, Story):
-            servicer = StoryTeller(server, servicer)
         if isinstance(servicer, style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
             style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(servicer, server.grpc_server)
         elif isinstance(servicer, style_service_pb2_grpc.StyleServiceServicer):
             style_service_pb2_grpc.add_StyleServiceServicer_to_server(servicer, server.grpc_server)
+        elif isinstance(servicer, image_service_pb2_grpc.ImageServiceServicer):
+            image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server.grpc_server)
         else:
             model_service_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server.grpc_server)
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -201,6 +202,10 @@ def test_silence_is_sent_as_silence(caller: Any, serve: Any, story: Any) -> None
     expected = style_transfer_service_pb2.StylizeRequest(options=options_pb2.StylizeOptions())
     expected.content.data = b"photo"
     expected.styles.add().image.data = b"style"
+    # What a job needs to outlive its stream, and to be made once only.
+    expected.cancel_on_disconnect = False
+    expected.request_id = server.requests[0].request_id
+    assert uuid.UUID(expected.request_id)
     assert server.requests == [expected]
 
 

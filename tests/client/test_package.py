@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC_NAMES = {
     "clients": "Client AsyncClient Stylization AsyncStylization",
-    "arguments": "Encoding ImageSource NO_PREVIEW Preview StyleInput StyleName Weighted",
+    "arguments": "AnyImage Encoding ImageName ImageSource NO_PREVIEW Preview StyleInput StyleName Weighted",
     "events": "Event Frame Progress Result Snapshot StateChange",
-    "resources": "Job JobFailure Layer Model Numbers OptionDescription Picture PreparedGrams Preset Style StyleImage",
+    "resources": "Job JobFailure JobResult Layer Model Numbers OptionDescription Picture PreparedGrams Preset"
+    " StoredImage Style StyleImage",
     "parameters": "Parameters StyleRecord read_parameters",
     "choices": "ImageFormat JobState ModelState OptionType StopReason",
     "errors": "AlreadyExistsError BrokenStreamError ClientClosedError DeadlineExceededError FailedPreconditionError"

@@ -19,13 +19,14 @@ from nst_client import (
     StateChange,
     StopReason,
 )
+from nst_client.retry import Connection
 from nst_client.stream import JobStream
 
 
 @pytest.fixture
 def stream() -> JobStream:
     """Return a stream of which nothing is known."""
-    return JobStream("localhost:50051")
+    return JobStream(Connection("localhost:50051", patience_s=60, on_connection=None), owns_job=True)
 
 
 def received(stream: JobStream, story: Any) -> list[Any]:
