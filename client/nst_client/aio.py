@@ -329,12 +329,12 @@ class AsyncClient:
         except StopIteration as done:
             return done.value
 
-    async def _tell_if_possible(self, calls: Calls) -> None:
-        with suppress(NstError):
-            await self._run(calls, self._tell)
-
     def _tell_later(self, calls: Calls) -> None:
-        self._chores.add(task := asyncio.create_task(self._tell_if_possible(calls)))
+        async def tell() -> None:
+            with suppress(NstError):
+                await self._run(calls, self._tell)
+
+        self._chores.add(task := asyncio.create_task(tell()))
         task.add_done_callback(self._chores.discard)
 
     async def _wait(self, pause_s: float) -> None:
@@ -362,6 +362,7 @@ class AsyncStylization(AsyncIterator[Event]):
         self._stream = stream
         self._opening: Callable[[], Awaitable[Opening]] | None = opening
         self._left = asyncio.Event()
+        self._telling = asyncio.Lock()
 
     @property
     def job(self) -> Job | None:
@@ -387,7 +388,7 @@ class AsyncStylization(AsyncIterator[Event]):
                     return event
         except DeadlineExceededError:
             if self._stream.owns_job:
-                await self._cancel_if_it_can_be_told()
+                await self._cancel_job_if_possible()
             raise
         except NstError:
             self._stream.hang_up()
@@ -395,7 +396,7 @@ class AsyncStylization(AsyncIterator[Event]):
         except BaseException:
             # Also CancelledError: whoever stops reading does not want the job.
             if self._stream.interrupt():
-                await self._cancel_if_it_can_be_told()
+                await self._cancel_job_if_possible()
             raise
         raise StopAsyncIteration
 
@@ -406,12 +407,12 @@ class AsyncStylization(AsyncIterator[Event]):
         """
         if self._stream.cancel():
             self._left.set()
-            await self._client._run(self._stream.cancelling(), self._client._tell)
+            await self._cancel_job()
 
     async def aclose(self) -> None:
         """Hang up, and cancel the job if `stylize` began it and the server can be told."""
         if self._stream.close():
-            await self._cancel_if_it_can_be_told()
+            await self._cancel_job_if_possible()
         self._left.set()
 
     async def detach(self) -> Job:
@@ -468,13 +469,21 @@ class AsyncStylization(AsyncIterator[Event]):
         self._stream.call = self._client._open().method(method)(request, timeout=self._stream.limit.remaining_s())
         return self._stream.call
 
-    async def _cancel_if_it_can_be_told(self) -> None:
-        await self._client._tell_if_possible(self._stream.cancelling())
+    async def _cancel_job(self) -> None:
+        async with self._telling:
+            await self._client._run(self._stream.cancelling(), self._client._tell)
+
+    async def _cancel_job_if_possible(self) -> None:
+        with suppress(NstError):
+            await self._cancel_job()
 
     async def _close_client(self) -> None:
         if self._stream.close_client():
-            await self._cancel_if_it_can_be_told()
+            await self._cancel_job_if_possible()
         self._left.set()
+        # Another task may be cancelling the job, which needs the connection.
+        async with self._telling:
+            pass
 
 
 def _abandon(stream: JobStream, client: AsyncClient, loop: asyncio.AbstractEventLoop) -> None:

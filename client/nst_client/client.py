@@ -416,6 +416,7 @@ class Stylization(Iterator[Event]):
         self._client = client
         self._stream = stream
         self._left = threading.Event()
+        self._telling = threading.Lock()
         weakref.finalize(self, stream.abandon).atexit = False
         self._take_up()
 
@@ -442,7 +443,7 @@ class Stylization(Iterator[Event]):
                     return event
         except DeadlineExceededError:
             if self._stream.owns_job:
-                self._cancel_if_it_can_be_told()
+                self._cancel_job_if_possible()
             raise
         except NstError:
             self._stream.hang_up()
@@ -450,7 +451,7 @@ class Stylization(Iterator[Event]):
         except BaseException:
             # Also KeyboardInterrupt: whoever stops reading does not want the job.
             if self._stream.interrupt():
-                self._cancel_if_it_can_be_told()
+                self._cancel_job_if_possible()
             raise
         raise StopIteration
 
@@ -461,12 +462,12 @@ class Stylization(Iterator[Event]):
         """
         if self._stream.cancel():
             self._left.set()
-            self._client._run(self._stream.cancelling(), self._client._tell)
+            self._cancel_job()
 
     def close(self) -> None:
         """Hang up, and cancel the job if `stylize` began it and the server can be told."""
         if self._stream.close():
-            self._cancel_if_it_can_be_told()
+            self._cancel_job_if_possible()
         self._left.set()
 
     def detach(self) -> Job:
@@ -511,14 +512,21 @@ class Stylization(Iterator[Event]):
             call.cancel()
         return call
 
-    def _cancel_if_it_can_be_told(self) -> None:
-        with suppress(NstError):
+    def _cancel_job(self) -> None:
+        with self._telling:
             self._client._run(self._stream.cancelling(), self._client._tell)
+
+    def _cancel_job_if_possible(self) -> None:
+        with suppress(NstError):
+            self._cancel_job()
 
     def _close_client(self) -> None:
         if self._stream.close_client():
-            self._cancel_if_it_can_be_told()
+            self._cancel_job_if_possible()
         self._left.set()
+        # Another thread may be cancelling the job, which needs the connection.
+        with self._telling:
+            pass
 
 
 def _cancel_if_abandoned(stream: JobStream, stubs: Stubs) -> None:

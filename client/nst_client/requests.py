@@ -39,6 +39,20 @@ StyleImages: TypeAlias = "AnyImage | Weighted[AnyImage] | Iterable[AnyImage | We
 
 IMAGE_FORMAT = image_pb2.DESCRIPTOR.enum_types_by_name["ImageFormat"]
 
+STEERABLE = frozenset(
+    {
+        "content_weight",
+        "style_weight",
+        "tv_weight",
+        "laplacian_weight",
+        "content_layers",
+        "style_layers",
+        "iterations",
+        "scale_iterations",
+    }
+)
+"""The options that a job may be given anew; see the contract's UpdateJobRequest."""
+
 MAX_REQUEST_BYTES = 24 << 20
 """Images that would make a request larger are uploaded before it: servers take 32 MiB unless set otherwise."""
 

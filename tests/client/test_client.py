@@ -77,19 +77,22 @@ from nst_client.status import nst_error
 class SyncCaller:
     """Uses `Client`."""
 
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
     def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
         """Return all events of a stylization."""
-        with Client(address) as client, client.stylize(*arguments, **options) as stylization:
+        with Client(address, **self.settings) as client, client.stylize(*arguments, **options) as stylization:
             return list(stylization)
 
     def result(self, address: str, *arguments: Any, **options: Any) -> Result:
         """Return the result of a stylization."""
-        with Client(address) as client:
+        with Client(address, **self.settings) as client:
             return client.stylize(*arguments, **options).result()
 
     def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
         """Return what a method returns; a list for what it yields."""
-        with Client(address, timeout_s=limit_s) as client:
+        with Client(address, timeout_s=limit_s, **self.settings) as client:
             answer = getattr(client, method)(*arguments, **options)
             return list(answer) if isinstance(answer, Iterator) else answer
 
@@ -97,11 +100,17 @@ class SyncCaller:
 class AsyncCaller:
     """Uses `AsyncClient`."""
 
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
     def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
         """Return all events of a stylization."""
 
         async def run() -> list[Any]:
-            async with AsyncClient(address) as client, client.stylize(*arguments, **options) as stylization:
+            async with (
+                AsyncClient(address, **self.settings) as client,
+                client.stylize(*arguments, **options) as stylization,
+            ):
                 return [event async for event in stylization]
 
         return asyncio.run(run())
@@ -110,7 +119,7 @@ class AsyncCaller:
         """Return the result of a stylization."""
 
         async def run() -> Result:
-            async with AsyncClient(address) as client:
+            async with AsyncClient(address, **self.settings) as client:
                 return await client.stylize(*arguments, **options).result()
 
         return asyncio.run(run())
@@ -119,7 +128,7 @@ class AsyncCaller:
         """Return what a method returns; a list for what it yields."""
 
         async def run() -> Any:
-            async with AsyncClient(address, timeout_s=limit_s) as client:
+            async with AsyncClient(address, timeout_s=limit_s, **self.settings) as client:
                 answer = getattr(client, method)(*arguments, **options)
                 return [item async for item in answer] if hasattr(answer, "__aiter__") else await answer
 
@@ -304,13 +313,14 @@ def test_job_cancelled_by_the_server(caller: Any, serve: Any, story: Any) -> Non
 
 
 def test_damaged_stream_is_refused_and_hung_up(caller: Any, serve: Any, story: Any, parts: Any) -> None:
-    """A broken part raises at once and ends the call, so the server stops working for it."""
+    """A broken part raises at once and ends the call; the job, which may be watched anew, is left alone."""
     piece, _ = parts(b"0123456789", "PNG", 2)
     piece.offset = 3
-    server = serve(story.snapshot().event(result={"image": piece}).then(30))
+    server = serve(story.snapshot().event(numbered=True, result={"image": piece}).then(30))
     with pytest.raises(BrokenStreamError):
         caller.events(server.address, b"p", b"s")
     assert server.hung_up.wait(5)
+    assert not server.cancelled.is_set()
 
 
 def test_early_end_is_an_error(caller: Any, serve: Any, story: Any) -> None:
@@ -368,6 +378,7 @@ def test_status_becomes_our_exception(
 ) -> None:
     """Every status is one exception of ours, with the google.rpc details as attributes and gRPC's error as cause."""
     server = serve(story.then(aborted(code, "iterations must be at least 1, not 0", *details)))
+    caller.settings["patience_s"] = 0
     with pytest.raises(kind) as caught:
         caller.result(server.address, b"p", b"s")
     assert type(caught.value) is kind
@@ -380,6 +391,7 @@ def test_status_becomes_our_exception(
 def test_error_in_the_middle_of_a_stream(caller: Any, serve: Any, story: Any, aborted: Any) -> None:
     """A server that stops says so in its own words, after the events that were before."""
     story.snapshot().state("RUNNING").then(aborted(CODE.UNAVAILABLE, "the server is stopping", INFO))
+    caller.settings["patience_s"] = 0
     with pytest.raises(UnavailableError, match="is not available: the server is stopping"):
         caller.events(serve(story).address, b"p", b"s")
 
@@ -474,6 +486,7 @@ def test_connection_that_breaks(caller: Any, serve: Any, story: Any) -> None:
 
     server = serve(story.snapshot().progress(1).then(0.2).then(cut).then(30))
     wires.append(Wire(server.address))
+    caller.settings["patience_s"] = 0
     with pytest.raises(UnavailableError, match=f"the connection to the server at {wires[0].address} broke"):
         caller.events(wires[0].address, b"p", b"s")
     assert server.hung_up.wait(5)
@@ -504,7 +517,7 @@ def test_time_limit_ends_the_job(caller: Any, serve: Any, story: Any) -> None:
     with pytest.raises(DeadlineExceededError, match="took longer than its time limit") as caught:
         caller.result(server.address, b"p", b"s", timeout_s=0.3)
     assert isinstance(caught.value, TimeoutError)
-    assert server.hung_up.wait(5)
+    assert server.cancelled.wait(5)
 
 
 def test_leaving_the_block_cancels(serve: Any, story: Any) -> None:
@@ -513,7 +526,7 @@ def test_leaving_the_block_cancels(serve: Any, story: Any) -> None:
     with Client(server.address) as client:
         with client.stylize(b"p", b"s") as stylization:
             next(stylization)
-        assert server.hung_up.wait(5)
+        assert server.cancelled.wait(5)
         with pytest.raises(JobCancelledError, match="jobs/j1 was cancelled"):
             stylization.result()
 
@@ -524,7 +537,7 @@ async def test_leaving_the_async_block_cancels(serve: Any, story: Any) -> None:
     async with AsyncClient(server.address) as client:
         async with client.stylize(b"p", b"s") as stylization:
             await anext(stylization)
-        assert await asyncio.to_thread(server.hung_up.wait, 5)
+        assert await asyncio.to_thread(server.cancelled.wait, 5)
         with pytest.raises(JobCancelledError, match="jobs/j1 was cancelled"):
             await stylization.result()
 
@@ -540,20 +553,21 @@ def test_cancel_ends_the_iteration(serve: Any, story: Any) -> None:
         with pytest.raises(JobCancelledError) as caught:
             stylization.result()
     assert caught.value.job is not None
-    assert server.hung_up.wait(5)
+    assert server.cancelled.wait(5)
 
 
 async def test_async_cancel_ends_the_iteration(serve: Any, story: Any) -> None:
     """`cancel` from another task ends the loop without an error, and without cancelling the task that reads."""
     server = serve(story.snapshot().then(30))
+    tasks: list[asyncio.Task[None]] = []
     async with AsyncClient(server.address) as client:
         stylization = client.stylize(b"p", b"s")
-        asyncio.get_running_loop().call_later(0.3, stylization.cancel)
+        asyncio.get_running_loop().call_later(0.3, lambda: tasks.append(asyncio.create_task(stylization.cancel())))
         assert [type(event) async for event in stylization] == [Snapshot]
         assert [event async for event in stylization] == []
         with pytest.raises(JobCancelledError):
             await stylization.result()
-    assert await asyncio.to_thread(server.hung_up.wait, 5)
+    assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
 async def test_async_cancel_before_the_start_sends_nothing(serve: Any, story: Any) -> None:
@@ -561,7 +575,7 @@ async def test_async_cancel_before_the_start_sends_nothing(serve: Any, story: An
     server = serve(story.whole())
     async with AsyncClient(server.address) as client:
         stylization = client.stylize(b"p", b"s")
-        stylization.cancel()
+        await stylization.cancel()
         with pytest.raises(JobCancelledError):
             await stylization.result()
     assert server.requests == []
@@ -574,7 +588,7 @@ async def test_cancelling_the_task_cancels_the_job(serve: Any, story: Any) -> No
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await client.stylize(b"p", b"s").result()
-        assert await asyncio.to_thread(server.hung_up.wait, 5)
+        assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
 def test_cancel_after_the_end_changes_nothing(serve: Any, story: Any) -> None:
@@ -592,7 +606,7 @@ def test_forgotten_stylization_is_cancelled(serve: Any, story: Any) -> None:
     with Client(server.address) as client:
         next(client.stylize(b"p", b"s"))
         gc.collect()
-        assert server.hung_up.wait(5)
+        assert server.cancelled.wait(5)
 
 
 async def test_forgotten_async_stylization_is_cancelled(serve: Any, story: Any) -> None:
@@ -601,7 +615,7 @@ async def test_forgotten_async_stylization_is_cancelled(serve: Any, story: Any) 
     async with AsyncClient(server.address) as client:
         await anext(client.stylize(b"p", b"s"))
         gc.collect()
-        assert await asyncio.to_thread(server.hung_up.wait, 5)
+        assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
 def test_keyboard_interrupt_cancels(serve: Any, story: Any) -> None:
@@ -613,7 +627,7 @@ def test_keyboard_interrupt_cancels(serve: Any, story: Any) -> None:
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             next(stylization)
-        assert server.hung_up.wait(5)
+        assert server.cancelled.wait(5)
 
 
 def test_error_is_raised_again_by_result(serve: Any, story: Any, aborted: Any) -> None:

@@ -140,7 +140,7 @@ def test_grpc_does_not_write_to_stderr(story: Any, serve: Any) -> None:
     """A server that goes away is an exception, and no line of gRPC's own log in the caller's terminal."""
     code = """
 import sys, time, nst_client
-stylization = nst_client.Client(sys.argv[1]).stylize(b"photo", b"style")
+stylization = nst_client.Client(sys.argv[1], patience_s=1).stylize(b"photo", b"style")
 next(stylization)
 print("reading", flush=True)
 time.sleep(0.5)
