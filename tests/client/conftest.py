@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import threading
@@ -30,6 +31,7 @@ from nst.v1 import (
     style_transfer_service_pb2,
     style_transfer_service_pb2_grpc,
 )
+from nst_client import AsyncClient, Client, Result
 
 JOB = "jobs/j1"
 
@@ -289,6 +291,87 @@ class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
                 continue
             else:
                 return
+
+
+class SyncCaller:
+    """Uses `Client`."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a stylization."""
+        with Client(address, **self.settings) as client, client.stylize(*arguments, **options) as stylization:
+            return list(stylization)
+
+    def watched(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a job."""
+        with Client(address, **self.settings) as client, client.watch_job(*arguments, **options) as stylization:
+            return list(stylization)
+
+    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
+        """Return the result of a stylization."""
+        with Client(address, **self.settings) as client:
+            return client.stylize(*arguments, **options).result()
+
+    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
+        """Return what a method returns; a list for what it yields."""
+        with Client(address, timeout_s=limit_s, **self.settings) as client:
+            answer = getattr(client, method)(*arguments, **options)
+            return list(answer) if isinstance(answer, Iterator) else answer
+
+
+class AsyncCaller:
+    """Uses `AsyncClient`."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a stylization."""
+
+        async def run() -> list[Any]:
+            async with (
+                AsyncClient(address, **self.settings) as client,
+                client.stylize(*arguments, **options) as stylization,
+            ):
+                return [event async for event in stylization]
+
+        return asyncio.run(run())
+
+    def watched(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a job."""
+
+        async def run() -> list[Any]:
+            async with AsyncClient(address, **self.settings) as client, client.watch_job(*arguments, **options) as job:
+                return [event async for event in job]
+
+        return asyncio.run(run())
+
+    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
+        """Return the result of a stylization."""
+
+        async def run() -> Result:
+            async with AsyncClient(address, **self.settings) as client:
+                return await client.stylize(*arguments, **options).result()
+
+        return asyncio.run(run())
+
+    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
+        """Return what a method returns; a list for what it yields."""
+
+        async def run() -> Any:
+            async with AsyncClient(address, timeout_s=limit_s, **self.settings) as client:
+                answer = getattr(client, method)(*arguments, **options)
+                return [item async for item in answer] if hasattr(answer, "__aiter__") else await answer
+
+        return asyncio.run(run())
+
+
+@pytest.fixture(params=[SyncCaller, AsyncCaller], ids=["sync", "async"])
+def caller(request: pytest.FixtureRequest) -> Any:
+    """Return what uses one of the two clients."""
+    return request.param()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -72,74 +71,6 @@ from nst_client import (
     Weighted,
 )
 from nst_client.status import nst_error
-
-
-class SyncCaller:
-    """Uses `Client`."""
-
-    def __init__(self) -> None:
-        self.settings: dict[str, Any] = {}
-
-    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
-        """Return all events of a stylization."""
-        with Client(address, **self.settings) as client, client.stylize(*arguments, **options) as stylization:
-            return list(stylization)
-
-    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
-        """Return the result of a stylization."""
-        with Client(address, **self.settings) as client:
-            return client.stylize(*arguments, **options).result()
-
-    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
-        """Return what a method returns; a list for what it yields."""
-        with Client(address, timeout_s=limit_s, **self.settings) as client:
-            answer = getattr(client, method)(*arguments, **options)
-            return list(answer) if isinstance(answer, Iterator) else answer
-
-
-class AsyncCaller:
-    """Uses `AsyncClient`."""
-
-    def __init__(self) -> None:
-        self.settings: dict[str, Any] = {}
-
-    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
-        """Return all events of a stylization."""
-
-        async def run() -> list[Any]:
-            async with (
-                AsyncClient(address, **self.settings) as client,
-                client.stylize(*arguments, **options) as stylization,
-            ):
-                return [event async for event in stylization]
-
-        return asyncio.run(run())
-
-    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
-        """Return the result of a stylization."""
-
-        async def run() -> Result:
-            async with AsyncClient(address, **self.settings) as client:
-                return await client.stylize(*arguments, **options).result()
-
-        return asyncio.run(run())
-
-    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
-        """Return what a method returns; a list for what it yields."""
-
-        async def run() -> Any:
-            async with AsyncClient(address, timeout_s=limit_s, **self.settings) as client:
-                answer = getattr(client, method)(*arguments, **options)
-                return [item async for item in answer] if hasattr(answer, "__aiter__") else await answer
-
-        return asyncio.run(run())
-
-
-@pytest.fixture(params=[SyncCaller, AsyncCaller], ids=["sync", "async"])
-def caller(request: pytest.FixtureRequest) -> Any:
-    """Return what uses one of the two clients."""
-    return request.param()
-
 
 # What is sent
 
@@ -749,10 +680,10 @@ def test_proxy_is_not_asked_for_loopback(caller: Any, serve: Any, story: Any, mo
     assert caller.result(serve(story.whole()).address, b"p", b"s").iteration == 4
 
 
-def test_client_introduces_itself(serve: Any, story: Any) -> None:
+def test_client_introduces_itself(caller: Any, serve: Any, story: Any) -> None:
     """The server sees which client calls."""
     server = serve(story.whole())
-    SyncCaller().result(server.address, b"p", b"s")
+    caller.result(server.address, b"p", b"s")
     assert server.metadata[0]["user-agent"].startswith("nst-client/0.")
 
 
