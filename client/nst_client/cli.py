@@ -705,8 +705,13 @@ def _print_json(values: Iterable[object]) -> None:
 
 
 def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
+    listed = list(rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        # The first is what people copy: however narrow the terminal, it is whole.
+        width = max((len(row[0]) for row in listed), default=0) if index == 0 else None
+        table.add_column(heading, min_width=width)
+    for row in listed:
         table.add_row(*map(escape, row))
     # In a pipe there is no width to fit, and broken lines would be harder to read for programs.
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

@@ -230,7 +230,7 @@ class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
         return self._told(request, context)
 
     def CreateJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        """Return the job; refuse if the story begins with that, or break if it begins with a function that does."""
+        """Return the job; refuse if the story begins with that, and wait if it begins so."""
         self._server.requests.append(request.request)
         self._note(request, context)
         self._job.request_id = request.request.request_id
@@ -239,6 +239,8 @@ class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
                 if len(self._stories) > 1:
                     self._stories.pop(0)
                 context.abort_with_status(abort.status)
+            case [float() as seconds, *_]:
+                time.sleep(seconds)
         return self._job
 
     def GetJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
@@ -372,6 +374,12 @@ class AsyncCaller:
 def caller(request: pytest.FixtureRequest) -> Any:
     """Return what uses one of the two clients."""
     return request.param()
+
+
+@pytest.fixture
+def tell() -> Callable[[], Story]:
+    """Return the maker of stories, for those who need several."""
+    return Story
 
 
 @pytest.fixture

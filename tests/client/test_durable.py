@@ -66,14 +66,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tell() -> Callable[[], Any]:
-    """Return the maker of further stories."""
-    from tests.client.conftest import Story
-
-    return Story
-
-
-@pytest.fixture
 def broken(aborted: Any) -> Any:
     """Return the step that ends a story as a broken connection does."""
     return aborted(CODE.UNAVAILABLE, "Socket closed")
