@@ -24,9 +24,12 @@ PATIENCE_S = 60.0
 CANCEL_TIMEOUT_S = 5.0
 """How long whoever leaves waits for the server to hear that a job is not wanted any more."""
 
-KEEPALIVE_MS = 40_000
-"""A server that vanished without a word is noticed 20 s after this. gRPC's servers refuse pings where nothing else is
-said for minutes, but every stream has a heartbeat, and other calls are answered earlier."""
+KEEPALIVE_MS = 45_000
+"""When nothing has come for this long the server is asked whether it is still there. gRPC's servers hang up on clients
+that ask often while nothing else is said for minutes; but a stream has a heartbeat, and other calls end earlier."""
+
+PING_TIMEOUT_MS = 30_000
+"""How long the answer may take; the question waits behind images that are being sent."""
 
 LOOPBACK = ("localhost", "127.", "[::1]")
 
@@ -54,6 +57,9 @@ def channel_options(address: str) -> list[tuple[str, int | str]]:
         ("grpc.max_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.dns_ares_query_timeout", CONNECT_TIMEOUT_MS),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        # The question may ride on one that gRPC has asked for its own reasons, which has its own time limit.
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         # gRPC would stop after two: a client that reads a stream sends nothing else.
         ("grpc.http2.max_pings_without_data", 0),
         # A new client tries at once, even if another in this process has just failed at the same address.

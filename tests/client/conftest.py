@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +456,59 @@ def serve() -> Iterator[Callable[..., Server]]:
     yield start
     for server in running:
         server.stop(grace=0).wait(5)
+
+
+class Wire:
+    """A wire between a client and a server, which can be cut."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("localhost", 0))
+        self._sockets = [self._listener]
+        self._frozen: set[socket.socket] = set()
+        self.address = f"localhost:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Cut the wire: both ends see a reset, as when a machine's power fails."""
+        for end in self._sockets:
+            with closing(end), suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+                end.shutdown(socket.SHUT_RDWR)
+
+    def freeze(self) -> None:
+        """Carry nothing more over the connections that stand, as when a machine loses its network."""
+        self._frozen |= set(self._sockets)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if source not in self._frozen:
+                    sink.sendall(data)
+
+
+@pytest.fixture
+def wire() -> Iterator[Callable[[str], Wire]]:
+    """Return what lays a wire to a server, for the time of the test."""
+    wires: list[Wire] = []
+
+    def lay(address: str) -> Wire:
+        wires.append(Wire(address))
+        return wires[-1]
+
+    yield lay
+    for laid in wires:
+        laid.cut()
 
 
 @pytest.fixture

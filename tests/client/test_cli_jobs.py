@@ -19,6 +19,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from PIL import Image
 from typer.testing import CliRunner
 
+from nst.v1 import image_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2_grpc
 from nst_client import cli
 from nst_client.options import OPTIONS
 from nst_client.requests import STEERABLE
@@ -234,6 +235,61 @@ def test_jobs_download(nst: Any, serve: Any, story: Any, tmp_path: Path) -> None
     assert done.exit_code == 1
     waiting = f"`nst jobs watch jobs/j1 -o {tmp_path}/o.png` waits for it"
     assert done.stderr == f"nst: jobs/j1 has no picture: it is queued; {waiting}\n"
+
+
+class OneJob(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
+    """Has one job that has ended."""
+
+    def __init__(self, job: job_pb2.Job) -> None:
+        self._job = job
+
+    def GetJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        """Return it."""
+        return self._job
+
+
+class OneImage(image_service_pb2_grpc.ImageServiceServicer):
+    """Has one image."""
+
+    def __init__(self, parts: list[image_pb2.ImagePart]) -> None:
+        self._parts = parts
+
+    def DownloadImage(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        """Send it."""
+        return iter(self._parts)
+
+
+def test_jobs_download_of_what_is_there(
+    nst: Any, serve: Any, story: Any, parts: Any, picture: Any, tmp_path: Path
+) -> None:
+    """The file is written as it is, or encoded anew if OUT names another format."""
+    pieces = parts(picture(), "PNG", 3)
+    kept = {
+        "image": f"images/{pieces[-1].sha256}",
+        "iteration": 4,
+        "loss": 0.125,
+        "stop_reason": "STOP_REASON_FINISHED",
+    }
+    server = serve(OneJob(story.job("SUCCEEDED", result=kept)), OneImage(pieces))
+    for name, kind in (("o.png", "PNG"), ("o.jpg", "JPEG")):
+        done = nst("jobs", "download", "j1", "-o", tmp_path / name, address=server.address)
+        assert done.exit_code == 0, done.stderr
+        assert done.stderr == f"wrote {tmp_path}/{name}: 8×6, iteration 4 (finished), loss 0.125\n"
+        with Image.open(tmp_path / name) as image:
+            assert image.format == kind
+    assert (tmp_path / "o.png").read_bytes() == picture()
+
+
+def test_jobs_download_of_a_job_that_failed(nst: Any, serve: Any, story: Any, tmp_path: Path) -> None:
+    """A job that failed says why; so does `show`."""
+    error = {"code": 8, "reason": "OUT_OF_MEMORY", "message": "too little memory for 4096 px"}
+    server = serve(OneJob(story.job("FAILED", error=error, attempt=3)))
+    done = nst("jobs", "download", "j1", "-o", tmp_path / "o.png", address=server.address)
+    assert (done.exit_code, done.stderr) == (1, "nst: jobs/j1 failed: too little memory for 4096 px\n")
+    shown = nst("jobs", "show", "j1", address=server.address).stdout.splitlines()
+    assert shown[1] == "failed"
+    assert "attempt 3" in shown
+    assert "OUT_OF_MEMORY: too little memory for 4096 px" in shown
 
 
 def test_errors_of_jobs(nst: Any, serve: Any, story: Any, aborted: Any) -> None:

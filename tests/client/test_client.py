@@ -373,50 +373,15 @@ def test_a_listener_that_never_answers(caller: Any) -> None:
         assert time.monotonic() - began < 8
 
 
-class Wire:
-    """A wire between a client and a server, which can be cut."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("localhost", 0))
-        self._sockets = [self._listener]
-        self.address = f"localhost:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Cut the wire: both ends see a reset, as when a machine's power fails."""
-        for end in self._sockets:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-            with closing(end):
-                if end is not self._listener:
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def _accept(self) -> None:
-        near, _ = self._listener.accept()
-        far = socket.create_connection(self._target)
-        self._sockets += [near, far]
-        for source, sink in ((near, far), (far, near)):
-            threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        except OSError:
-            return
-
-
-def test_connection_that_breaks(caller: Any, serve: Any, story: Any) -> None:
+def test_connection_that_breaks(caller: Any, serve: Any, story: Any, wire: Any) -> None:
     """A connection lost in the middle of a job is told apart from a server that was never reached."""
-    wires: list[Wire] = []
+    wires: list[Any] = []
 
     def cut() -> None:
         wires[0].cut()
 
     server = serve(story.snapshot().progress(1).then(0.2).then(cut).then(30))
-    wires.append(Wire(server.address))
+    wires.append(wire(server.address))
     caller.settings["patience_s"] = 0
     with pytest.raises(UnavailableError, match=f"the connection to the server at {wires[0].address} broke"):
         caller.events(wires[0].address, b"p", b"s")

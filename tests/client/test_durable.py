@@ -49,6 +49,7 @@ from nst_client import (
     StyleInput,
     UnavailableError,
     UnknownOptionError,
+    channel,
     requests,
     retry,
     transfers,
@@ -201,6 +202,23 @@ def test_server_that_restarts(caller: Any, serve: Any, tell: Any) -> None:
 
     threading.Timer(0.2, restart).start()
     assert numbers(caller.events(first.address, b"p", b"s")) == [1, 2, 3, 4]
+
+
+def test_server_that_falls_silent(
+    caller: Any, serve: Any, tell: Any, wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection over which nothing comes any more, not even an end, is noticed, and left for a new one."""
+    monkeypatch.setattr(channel, "KEEPALIVE_MS", 300)
+    monkeypatch.setattr(channel, "PING_TIMEOUT_MS", 300)
+    wires: list[Any] = []
+
+    def freeze() -> None:
+        wires[0].freeze()
+
+    began = tell().snapshot().progress(0).then(0.1).then(freeze).then(30)
+    server = serve(began, tell().after(1).snapshot().result().state("SUCCEEDED"))
+    wires.append(wire(server.address))
+    assert numbers(caller.events(wires[0].address, b"p", b"s")) == [1, 2, 3]
 
 
 def test_stopping_server_says_when_to_come_back(caller: Any, serve: Any, tell: Any, aborted: Any) -> None:
