@@ -89,7 +89,7 @@ async def cancel_seconds(client: AsyncClient, size_px: int, after_iterations: in
                 if cancelled is None:
                     await asyncio.sleep(0.05 * after_iterations)
                     cancelled = time.perf_counter()
-                    first.cancel()
+                    await first.cancel()
                 elif isinstance(event, StateChange) and event.job.state is JobState.RUNNING:
                     return time.perf_counter() - cancelled
     raise AssertionError("the second job never ran")

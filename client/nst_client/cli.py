@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import traceback
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -47,7 +46,7 @@ from nst_client.json_lines import json_line
 from nst_client.like import Example, Order
 from nst_client.options import OPTIONS
 from nst_client.reference import field_comments
-from nst_client.requests import STEERABLE
+from nst_client.requests import STEERABLE, new_request_id
 from nst_client.resources import (
     NO_PREVIEW,
     Encoding,
@@ -198,7 +197,7 @@ def stylize(
     ] = None,
     *,
     out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="OUT", help=f"{OUT_HELP} Required, but with --detach.")
+        str | None, typer.Option("--out", "-o", metavar="OUT", help=f"{OUT_HELP} Required, except with --detach.")
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Print the job's name and leave it running; see `nst jobs`.")
@@ -542,7 +541,7 @@ def _check_detached(*, out: str | None, timeout: float | None, wants_frames: boo
 def _created(
     client: Client, order: Order, preview: Preview, output: Encoding, *, timeout_s: float | None = None
 ) -> Job:
-    request_id = str(uuid.uuid4())
+    request_id = new_request_id()
     try:
         return client.create_job(
             order.content,

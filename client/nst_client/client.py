@@ -416,7 +416,7 @@ class Stylization(Iterator[Event]):
         self._client = client
         self._stream = stream
         self._left = threading.Event()
-        self._telling = threading.Lock()
+        self._telling = threading.RLock()
         weakref.finalize(self, stream.abandon).atexit = False
         self._take_up()
 

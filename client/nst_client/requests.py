@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -76,7 +75,7 @@ def stylize_request(
     return style_transfer_service_pb2.StylizeRequest(
         options=options_message(options),
         preview=preview_message(preview),
-        request_id=str(uuid.uuid4()) if request_id is None else request_id,
+        request_id=new_request_id() if request_id is None else request_id,
         cancel_on_disconnect=False,
         output=None if output is None else _encoding(output, field="output"),
         model=model,
@@ -84,6 +83,11 @@ def stylize_request(
         content=_image(content, field="content"),
         init_image=_optional_image(init_image, field="init_image"),
     )
+
+
+def new_request_id() -> str:
+    """Return a name for a request that no other has: 128 bits by chance, as 32 hexadecimal digits."""
+    return os.urandom(16).hex()
 
 
 def images_to_upload(request: style_transfer_service_pb2.StylizeRequest) -> Iterator[tuple[str, image_pb2.Image]]:
