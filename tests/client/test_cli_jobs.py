@@ -381,6 +381,15 @@ def test_second_ctrl_c_leaves_a_job_that_is_watched(running: Any) -> None:
     assert "jobs/j1 goes on" in text
 
 
+def test_sigterm_asks_nobody(stylizing: Terminal, running: Any) -> None:
+    """Whoever sends SIGTERM to a command in a terminal does not sit before it."""
+    stylizing.process.terminate()
+    code, text = stylizing.ended()
+    assert (code, running.cancelled.is_set()) == (130, True)
+    assert "[c]ancel" not in text
+    assert text.endswith("interrupted: jobs/j1 is cancelled\n")
+
+
 @pytest.mark.parametrize(("how", "cancels"), [("stylize", True), ("watch", False)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_leaving_without_a_terminal(
