@@ -1,6 +1,6 @@
 """Whether a stylization takes the memory that it is reckoned to take: the peak of a process against `peak_bytes`.
 
-Each case runs in a process of its own, on the CPU; a few iterations suffice, and what a full history would add is added.
+Each case runs in a process of its own, on the CPU, for a few iterations; what a full history would add is added.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def main() -> None:
     if given.case is not None:
         print(measured(given.sizes[0], json.loads(given.case)))
         return
-    print(
-        "| options | size, px | measured, MiB | reckoned, MiB | measured / reckoned |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| options | size, px | measured, MiB | reckoned, MiB | ratio |\n| --- | --- | --- | --- | --- |")
     for size in given.sizes:
         for case in CASES:
             command = [sys.executable, "-m", "benchmarks.memory", "--sizes", str(size), "--case", json.dumps(case)]
