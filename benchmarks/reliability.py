@@ -50,7 +50,7 @@ def checkpoint(size_px: int, iterations: int) -> str:
     copy_s, write_s = statistics.median(copies), statistics.median(writes)
     share = write_s / max(CHECKPOINT_INTERVAL_S, SELDOM * write_s)
     return (
-        f"| checkpoint at {size_px} px, history {iterations}: size; copy, in the optimizer's way; all of it, beside it; "
+        f"| checkpoint at {size_px} px, history {iterations}: size; copy, in the optimizer's way; all, beside it; "
         f"share of the time | {size / 2**20:.0f} MiB; {1000 * copy_s:.0f} ms; {write_s:.2f} s; {100 * share:.1f} % |"
     )
 

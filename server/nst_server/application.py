@@ -112,10 +112,10 @@ class Application:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
-    async def create_job(self, request: JobRequest, caller: str = "") -> Job:
+    async def create_job(self, request: JobRequest, caller: str = "", *, tied: bool = False) -> Job:
         """Check a request for which a place is held, and queue its job; return the one it made if it came before.
 
-        Raises RequestError, having started nothing.
+        `tied` says that nobody wants the job if this is cancelled. Raises RequestError, having started nothing.
         """
         request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
         described, files = request.stored()
@@ -123,18 +123,35 @@ class Application:
         if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
             return self._jobs.get(there.name, there)
         spec = await self._decode(self._checked, request)
-        snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
-        for name, data in files.items():
-            kind = await self._decode(images.kind_of, data)
-            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
-        record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
-        if not new:
-            job = self._ledger.job(record)
-            return self._jobs.get(job.name, job)
-        job = Job(snapshot, self._ledger, spec, caller=caller)
-        self._hold(job)
-        self.scheduler.submit(job)
-        return job
+
+        async def create() -> Job:
+            snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
+            for name, data in files.items():
+                kind = await self._decode(images.kind_of, data)
+                await self._ledger.keep_image(
+                    data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller
+                )
+            record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
+            if not new:
+                job = self._ledger.job(record)
+                return self._jobs.get(job.name, job)
+            job = Job(snapshot, self._ledger, spec, caller=caller)
+            self._hold(job)
+            self.scheduler.submit(job)
+            return job
+
+        # What is stored must be queued, too, even if its caller leaves in between.
+        creating = asyncio.create_task(create())
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            if tied:
+                creating.add_done_callback(self._unwanted)
+            raise
+
+    def _unwanted(self, created: asyncio.Task[Job]) -> None:
+        if not (created.cancelled() or created.exception()):
+            self.scheduler.cancel(created.result())
 
     async def get_job(self, name: str) -> Job:
         """Return a job. Raises NotFound."""

@@ -144,8 +144,8 @@ class Server:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self.address = self._bind(settings.listen)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await application.take_up()  # before anybody can ask for what is taken up
         await self._grpc.start()
-        await application.take_up()
         await self._start_workers()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         keep = timedelta(days=settings.keep_days) if settings.keep_days else None

@@ -72,7 +72,7 @@ RATE_WINDOW = 10
 """Iterations that the rate is averaged over."""
 
 SELDOM = 100
-"""A checkpoint that took a second is followed by this many seconds without one."""
+"""A checkpoint that took a second of processor time is followed by this many seconds without one."""
 
 
 def main(connection: Connection, config: WorkerConfig) -> None:
@@ -282,6 +282,8 @@ class _Clock:
         `work` is the part of the run that is done: iterations at finer scales take longer.
         """
         now = time.monotonic()
+        if self._ticks and iteration != self._ticks[-1][0] + 1:
+            self._ticks.clear()  # a scale has ended early: what was left out took no time
         self._ticks.append((iteration, work, now))
         first, then_done, then = self._ticks[0]
         if iteration == first or now <= then:
@@ -325,7 +327,8 @@ class _Keeper(threading.Thread):
         self._blobs = blobs
         self._interval_s = interval_s
         self._sender = sender
-        self._waiting: queue.SimpleQueue[tuple[StylizeTask, State, Checkpoint, float]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[StylizeTask, State, Checkpoint]] = queue.SimpleQueue()
+        self._copying_s = 0.0
         self._busy = False
         self._due = 0.0
         self.start()
@@ -346,7 +349,9 @@ class _Keeper(threading.Thread):
             return
         began = time.monotonic()
         self._busy = True
-        self._waiting.put((task, run.state(), _checkpoint(task, iteration, clock), began))
+        state = run.state()
+        self._copying_s = time.monotonic() - began
+        self._waiting.put((task, state, _checkpoint(task, iteration, clock)))
 
     def keep(self, task: StylizeTask, run: Stylization, iteration: int, clock: _Clock) -> None:
         """Keep the state of a run between two iterates now. A failure is logged: the last checkpoint stays."""
@@ -357,10 +362,11 @@ class _Keeper(threading.Thread):
 
     def run(self) -> None:
         while True:
-            task, state, checkpoint, began = self._waiting.get()
+            task, state, checkpoint = self._waiting.get()
+            began = time.thread_time()
             self._write(task, state, checkpoint)
-            now = time.monotonic()
-            self._due = now + max(self._interval_s, SELDOM * (now - began))
+            cost_s = self._copying_s + time.thread_time() - began  # to wait for the disk costs nothing
+            self._due = time.monotonic() + max(self._interval_s, SELDOM * cost_s)
             del state
             self._busy = False
 
