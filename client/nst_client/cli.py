@@ -228,7 +228,7 @@ def stylize(
         float | None, typer.Option(metavar="SECONDS", help="Give up after this time, waiting included.")
     ] = None,
     save_frames: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Save every frame that arrives, named by its iteration.")
+        Path | None, typer.Option(metavar="DIR", help="Save every frame, named by its iteration.")
     ] = None,
     animation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the frames as an animation: .webp, .gif, .png or .apng.")
@@ -266,6 +266,7 @@ def stylize(
         interval=preview_interval if wants_frames or detach or preview_interval is not None else 0,
         size_px=preview_size,
         encoding=None if preview_format is None else Encoding(format=preview_format),
+        every_frame=wants_frames,
     )
     say_more = _stay_silent if quiet or json else say
     example = None if like is None else Example.of(like)

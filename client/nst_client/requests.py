@@ -251,6 +251,7 @@ def preview_message(preview: Preview | None) -> style_transfer_service_pb2.Previ
         interval=_whole(preview.interval, field="preview.interval"),
         size_px=_whole(preview.size_px, field="preview.size_px"),
         encoding=encoding,
+        every_frame=preview.every_frame,
     )
 
 

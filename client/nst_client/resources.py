@@ -377,6 +377,8 @@ class Preview:
     size_px: int | None = None
     """Longer edge, pixels; never more than the picture's."""
     encoding: Encoding | None = None
+    every_frame: bool = False
+    """Leave none out, however slowly they are read: those that wait are kept on the server's disk."""
 
 
 NO_PREVIEW = Preview(interval=0)
