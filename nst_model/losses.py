@@ -241,7 +241,7 @@ class DirectLoss(nn.Module):
 class CrossLoss(nn.Module):
     """Mean squared difference of two matrices of inner products: the style's map with the picture's, and with itself.
 
-    Channels are compared with channels as by Gram matrices, but only where they stand: nearer to `direct` than to `gram`.
+    Channels are compared with channels, as by Gram matrices, but only where they stand: nearer to `direct` than `gram`.
     """
 
     features: Tensor

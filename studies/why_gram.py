@@ -324,7 +324,8 @@ def judgements(lab: Lab, made: Mapping[str, Tensor], style: Tensor, *, unit: Ten
         def judged(picture: Tensor) -> dict[str, float]:
             # As a run does it: what is compared by position is stretched to the picture's shape.
             styles = plain | dict.fromkeys(map(str, POSITIONED), of_size(style, picture.shape[1:]))
-            features, found = lab.features(picture), {}
+            features = lab.features(picture)
+            found: dict[str, float] = {}
             for loss, of in styles.items():
                 found |= {loss: float(style_losses(lab.features(of), [loss])[loss](features))}
             return {loss: found[loss] for loss in STYLE_LOSS_NAMES}
