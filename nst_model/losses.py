@@ -241,7 +241,7 @@ class DirectLoss(nn.Module):
 class CrossLoss(nn.Module):
     """Mean squared difference of two matrices of inner products: the style's map with the picture's, and with itself.
 
-    Half-way between `direct` and `gram`: channels are compared with channels, but only where they stand.
+    Channels are compared with channels, as by Gram matrices, but only where they stand: nearer to `direct` than `gram`.
     """
 
     features: Tensor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nst_model.losses import POSITIONED
 from nst_model.stylization import of_size
 from studies.lab import STYLE_LOSS_NAMES, Features, Lab, Loss, square, style_losses
 from studies.measures import ghost, ssim
@@ -23,6 +24,8 @@ TEXTURE: Mapping[str, Any] = {"content_weight": 0, "init": "noise", "first_size_
 """Options of a picture made of noise and a style alone."""
 LAYOUT_LAYER = "relu4_1"
 SHIFTS_PX = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROLLS = 16
+"""How often the style is rolled at random, for what the layout of a picture without it is by chance."""
 RESPONSE_SCALE = 1.5
 """Size of the styles whose responses are measured, relative to the pictures': their edges matter less."""
 
@@ -281,9 +284,18 @@ def beginnings(lab: Lab, report: Report) -> None:
         name: {"layout": layout(lab, of, style), "gram": judged[name]["gram"], "sliced": judged[name]["sliced"]}
         for name, of in made.items()
     }
-    report.numbers("beginnings", facts)
+    dice = torch.Generator().manual_seed(0)
+    rolls = [
+        style.roll([int(torch.randint(edge, (1,), generator=dice)) for edge in style.shape[1:]], dims=(1, 2))
+        for _ in range(ROLLS)
+    ]
+    by_chance = [layout(lab, of, style) for of in rolls]
+    spread = {"mean": float(np.mean(by_chance)), "standard_deviation": float(np.std(by_chance))}
+    report.numbers("beginnings", {**facts, "layout of the style, rolled at random": spread})
     rows = [[name, *of.values()] for name, of in facts.items()]
-    report.table("beginnings", ["made with", "layout", "Gram", "sliced"], rows)
+    chance = [f"the style, rolled {ROLLS} times: mean", spread["mean"], "–", "–"]
+    spreading = ["… and standard deviation", spread["standard_deviation"], "–", "–"]
+    report.table("beginnings", ["made with", "layout", "Gram", "sliced"], [*rows, chance, spreading])
 
 
 def layout(lab: Lab, picture: Tensor, style: Tensor) -> float:
@@ -307,9 +319,22 @@ def sheet_rows(first: list[tuple[str, Tensor]], made: Mapping[str, Tensor]) -> l
 def judgements(lab: Lab, made: Mapping[str, Tensor], style: Tensor, *, unit: Tensor) -> dict[str, dict[str, float]]:
     """Return name → style loss → what it makes of that picture, in units of what it makes of the picture `unit`."""
     with torch.no_grad():
-        losses = style_losses(lab.features(style))
-        units = between(losses, [lab.features(unit)])
-        return {name: values(losses, lab.features(picture), units) for name, picture in made.items()}
+        plain = {loss: style for loss in STYLE_LOSS_NAMES if loss not in POSITIONED}
+
+        def judged(picture: Tensor) -> dict[str, float]:
+            # As a run does it: what is compared by position is stretched to the picture's shape.
+            styles = plain | dict.fromkeys(map(str, POSITIONED), of_size(style, picture.shape[1:]))
+            features = lab.features(picture)
+            found: dict[str, float] = {}
+            for loss, of in styles.items():
+                found |= {loss: float(style_losses(lab.features(of), [loss])[loss](features))}
+            return {loss: found[loss] for loss in STYLE_LOSS_NAMES}
+
+        units = judged(unit)
+        return {
+            name: {loss: value / units[loss] for loss, value in judged(picture).items()}
+            for name, picture in made.items()
+        }
 
 
 def plot_judgements(report: Report, name: str, judged: Mapping[str, Mapping[str, float]], title: str) -> None:
