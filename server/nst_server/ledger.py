@@ -193,6 +193,8 @@ class Ledger:
     def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
         """Note a job's newest checkpoint, and remove the one before it once that is durable."""
         before, job.checkpoint = job.checkpoint, checkpoint
+        if checkpoint.data:
+            return
         changes = {"checkpoint": dataclasses.asdict(checkpoint)}
 
         def settled(failure: Exception | None) -> None:

@@ -76,11 +76,13 @@ class Checkpoint:
         key: the blob's name.
         iteration: the last one made.
         elapsed_s: seconds spent on the task until then.
+        data: the state itself, where there are no blobs to keep it in.
     """
 
     key: str
     iteration: int
     elapsed_s: float
+    data: bytes = b""
 
 
 @dataclass(frozen=True)

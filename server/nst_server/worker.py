@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -334,7 +335,9 @@ class _Keeper(threading.Thread):
         self.start()
 
     def read(self, checkpoint: Checkpoint) -> bytes:
-        """Return the file of a checkpoint."""
+        """Return what was kept."""
+        if checkpoint.data:
+            return checkpoint.data
         if self._blobs is None:
             raise FileNotFoundError("this server keeps no checkpoints")
         return self._blobs.fetch_now(checkpoint.key)
@@ -354,11 +357,18 @@ class _Keeper(threading.Thread):
         self._waiting.put((task, state, _checkpoint(task, iteration, clock)))
 
     def keep(self, task: StylizeTask, run: Stylization, iteration: int, clock: _Clock) -> None:
-        """Keep the state of a run between two iterates now. A failure is logged: the last checkpoint stays."""
+        """Keep the state of a run between two iterates now, with the front if there is nowhere else.
+
+        A failure is logged: the last checkpoint stays.
+        """
         while self._busy:
             time.sleep(0.01)
+        checkpoint = _checkpoint(task, iteration, clock)
         if self._blobs is not None:
-            self._write(task, run.state(), _checkpoint(task, iteration, clock))
+            self._write(task, run.state(), checkpoint)
+        else:
+            kept = dataclasses.replace(checkpoint, key="", data=run.state().to_bytes())
+            self._sender.send(Kept(task.id, kept))
 
     def run(self) -> None:
         while True:

@@ -140,6 +140,23 @@ async def test_suspended_it_goes_on_where_it_was(executor: ProcessExecutor) -> N
     assert heard.iterations + again.iterations == list(range(81))
 
 
+async def test_without_a_place_to_keep_it_the_front_gets_its_state(tiny_weights_file: Path, tmp_path: Path) -> None:
+    """When it is suspended, and then only; it goes on from that on another worker."""
+    config = WorkerConfig("cpu", 1, "vgg16", {"vgg16": tiny_weights_file}, tmp_path / "grams", 1 << 20, None, 0.0)
+    heard = Heard(at(20, lambda: first.order(Suspend("jobs/one"))))
+    first, second = ProcessExecutor(config), ProcessExecutor(config)
+    for one in (first, second):
+        await one.start()
+    undisturbed = await ended(second, task(), Heard())
+    assert isinstance(await ended(first, task(), heard), Suspended)
+    (checkpoint,) = heard.kept
+    again = Heard()
+    same(await ended(second, task(checkpoint=checkpoint, attempt=2), again), undisturbed)
+    assert heard.iterations + again.iterations == list(range(81))
+    for one in (first, second):
+        await one.close()
+
+
 async def test_finished_early_it_has_its_best_picture_in_full_size(executor: ProcessExecutor) -> None:
     """Also at a coarser scale."""
     for iteration in (10, 60):
