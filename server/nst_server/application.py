@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -72,6 +73,7 @@ class Application:
         self._alone = not settings.database  # the data folder is locked
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, Job] = {}  # those that have not ended
+        self._elsewhere: weakref.WeakSet[Job] = weakref.WeakSet()  # other servers' that are watched here
         self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
         self._styles = StyleStore(settings.data_dir / "styles")
@@ -104,7 +106,7 @@ class Application:
                 await self._ledger.journal.flush()
         for task in self._tasks:
             task.cancel()
-        for job in self._jobs.values():
+        for job in (*self._jobs.values(), *self._elsewhere):
             job.lost(STOPPING)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoding.shutdown(wait=False, cancel_futures=True)
@@ -118,7 +120,7 @@ class Application:
         described, files = request.stored()
         sha256 = fingerprint(described)
         if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
-            return self._jobs.get(there.name, there)
+            return self._known(there)
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
         for name, data in files.items():
@@ -126,8 +128,7 @@ class Application:
             await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
         record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
         if not new:
-            job = self._ledger.job(record)
-            return self._jobs.get(job.name, job)
+            return self._known(self._ledger.job(record))
         job = Job(snapshot, self._ledger, spec, caller=caller)
         self._hold(job)
         self.scheduler.submit(job)
@@ -136,7 +137,7 @@ class Application:
     async def get_job(self, name: str) -> Job:
         """Return a job. Raises NotFound."""
         name = f"jobs/{name.removeprefix('jobs/')}"
-        return self._jobs.get(name) or await self._ledger.get(name)
+        return self._jobs.get(name) or self._known(await self._ledger.get(name))
 
     async def list_jobs(
         self, caller: str, states: Sequence[JobState], page_size: int, page_token: str
@@ -144,7 +145,7 @@ class Application:
         """Return a page of a caller's jobs, the newest first, and the token of the next. Raises InvalidField."""
         jobs = await self._ledger.page(caller, states, page_size + 1, _job_token(page_token))
         more = jobs[page_size:]
-        page = [self._jobs.get(job.name, job) for job in jobs[:page_size]]
+        page = [self._known(job) for job in jobs[:page_size]]
         return page, _token(f"{page[-1].now.create_time.isoformat()} {page[-1].name}") if more else ""
 
     async def update_job(self, name: str, update: JobUpdate) -> Job:
@@ -191,13 +192,32 @@ class Application:
 
     def watch(self, job: Job, preview: PreviewSpec, after: int = 0) -> AsyncGenerator[Event]:
         """Return what happens to a job after an event; see `Job.watch`."""
-        if preview.every_frame and preview.interval:
+        if job.elsewhere:
+            self._elsewhere.add(job)
+        elif preview.every_frame and preview.interval:
             self.scheduler.every_frame(job)
         return job.watch(preview, after)
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""
-        self.scheduler.cancel(job)
+        job = self._known(job)
+        if not job.elsewhere:
+            self.scheduler.cancel(job)
+        elif not job.state.terminal:
+            self._begin(self._cancel_elsewhere(job))
+
+    async def _cancel_elsewhere(self, job: Job) -> None:
+        try:
+            await self._ledger.command(job, {CANCEL: True})
+        except RequestError as error:
+            log.info("job not cancelled", job=job.name, error=str(error))
+
+    def _known(self, job: Job) -> Job:
+        """Return a stored job as this server has it; the archive tells of one that it does not have, or not yet."""
+        if job.name in self._jobs:
+            return self._jobs[job.name]
+        job.elsewhere = True
+        return job
 
     def _hold(self, job: Job) -> None:
         """Answer for a job until it has ended, or another server has it."""
