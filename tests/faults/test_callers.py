@@ -221,7 +221,7 @@ async def test_a_running_job_is_cancelled_within_an_evaluation(server: Server, c
     for _ in range(5):
         job = await create(caller, **FOREVER)
         live = server._application._jobs[job.name]
-        await until(lambda live=live: live.now.progress is not None and live.now.progress.iteration >= 10, 20)
+        await until(lambda live=live: live.snapshot().sequence > 10, 20)
         clock = [event.payload.elapsed_s for event in live._log if hasattr(event.payload, "elapsed_s")]
         evaluation_s = statistics.median(after - before for before, after in itertools.pairwise(clock))
         began = time.monotonic()

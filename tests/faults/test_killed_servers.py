@@ -33,8 +33,8 @@ KILLS = 10
 AT_MOST = 40
 """Events that a server lives to tell."""
 
-ITERATIONS = 350
-"""At each of two scales: more than all servers together live to tell."""
+ITERATIONS = 250
+"""At each of the scales: more than all servers together live to tell."""
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def test_a_server_killed_again_and_again_loses_nothing(tiny_weights_file: Path, 
         assert attempts[-1] > kills / 2, "the kills did not hit the job"
         assert result_of(told) == result_of(calm) != b""
         undisturbed = dict(losses_of(calm))
-        assert sorted({iteration for iteration, _ in losses_of(told)}) == list(range(2 * ITERATIONS + 1))
+        assert sorted({iteration for iteration, _ in losses_of(told)}) == sorted(undisturbed)
         assert all(undisturbed[iteration] == loss for iteration, loss in losses_of(told))
         first_in_last = next(
             event.progress for event in told if event.HasField("progress") and event.attempt == attempts[-1]
