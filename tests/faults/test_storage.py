@@ -51,18 +51,24 @@ def checkpoints(data: Path, name: str) -> list[Path]:
     return list((data / "objects" / "checkpoints" / name.removeprefix("jobs/")).glob("[0-9]*-*[0-9]"))
 
 
+def fill(disk: Path) -> Path:
+    """Fill a disk; return the file that does."""
+    filling = disk / "filling"
+    with contextlib.suppress(OSError), filling.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    return filling
+
+
 async def test_a_full_disk_delays_what_is_told_and_loses_nothing(serve: Serve, tmp_path: Path, ask: Ask) -> None:
     """A new job is refused, running and waiting ones are not harmed, reading goes on; with room all is told."""
     with small_disk(tmp_path / "disk") as disk:
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
         server, client = await serve(data_dir=disk / "data")
-        running, waiting = await create(client, ask(**LONG)), await create(client, ask(size_px=32))
+        running, waiting = await create(client, ask(**FOREVER)), await create(client, ask(size_px=32))
         live = server._application._jobs[running]
         await until(lambda: live.now.progress is not None, 20)
-        filling = disk / "filling"
-        with contextlib.suppress(OSError), filling.open("wb") as stream:
-            while True:
-                stream.write(bytes(4096))
-                stream.flush()
+        filling = fill(disk)
         await until(lambda: live.now.sequence > live.snapshot().sequence + 20, 20)  # nothing is durable any more
 
         refusal = await client.refusal(
@@ -73,6 +79,7 @@ async def test_a_full_disk_delays_what_is_told_and_loses_nothing(serve: Serve, t
         listed = await client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest())
         assert {job.name for job in listed.jobs} == {running, waiting}, "what was refused is there by half"
         filling.unlink()
+        await client.jobs.UpdateJob(style_transfer_service_pb2.UpdateJobRequest(name=running, finish=True))
 
         for name in (running, waiting):
             told = await asyncio.wait_for(watched(client, name), 60)
@@ -88,16 +95,13 @@ async def test_a_job_whose_turn_comes_while_the_disk_is_full_waits(serve: Serve,
         server, client = await serve(data_dir=disk / "data")
         running, waiting = await create(client, ask(**FOREVER)), await create(client, ask(size_px=32))
         await until(lambda: bool(server._application.scheduler._running), 20)
-        with contextlib.suppress(OSError), (disk / "filling").open("wb") as stream:
-            while True:
-                stream.write(bytes(4096))
-                stream.flush()
+        filling = fill(disk)
         cancelling = asyncio.create_task(_cancelled(client, running))
         scheduler = server._application.scheduler
         await until(lambda: waiting in scheduler._running, 20)  # the device was free at once
         await asyncio.sleep(1.5)
         assert server._application._jobs[waiting].now.attempt == 0
-        (disk / "filling").unlink()
+        filling.unlink()
 
         assert await asyncio.wait_for(cancelling, 20) == job_pb2.JOB_STATE_CANCELLED
         assert (await asyncio.wait_for(watched(client, waiting), 60)).job.state == SUCCEEDED
@@ -221,14 +225,17 @@ async def test_a_damaged_row_fails_one_job(serve: Serve, tmp_path: Path, ask: As
     server, client = await serve()
     blocking = await create(client, ask(**FOREVER))
     bad, good = await create(client, ask()), await create(client, ask())
-    server._application._jobs[bad].spec = None  # as after a restart
+    watching = asyncio.create_task(watched(client, bad))
+    await until(lambda: bool(server._application._jobs[bad]._frames))
     with contextlib.closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite3")) as connection, connection:
         connection.execute("UPDATE jobs SET request = '{' WHERE id = ?", [bad.removeprefix("jobs/")])
     assert await _cancelled(client, blocking) == job_pb2.JOB_STATE_CANCELLED
 
     assert (await asyncio.wait_for(watched(client, good), 30)).job.state == SUCCEEDED
-    told = await asyncio.wait_for(watched(client, bad), 30)
-    assert (told.job.state, told.job.error.reason) == (FAILED, "INTERNAL")
+    told = await asyncio.wait_for(watching, 30)
+    assert (told.job.state, told.job.error.reason) == (FAILED, "STORAGE_DAMAGED")
+    refusal = await client.refusal(get(client, bad))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED")
 
 
 async def test_a_damaged_result_is_said(serve: Serve, tmp_path: Path, ask: Ask) -> None:
