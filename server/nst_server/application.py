@@ -126,12 +126,17 @@ class Application:
         for name, data in files.items():
             kind = await self._decode(images.kind_of, data)
             await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
+        if self.scheduler.stopping:
+            raise STOPPING
         record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
         if not new:
             return self._known(self._ledger.job(record))
         job = Job(snapshot, self._ledger, spec, caller=caller)
-        self._hold(job)
-        self.scheduler.submit(job)
+        if self.scheduler.stopping:  # the next server has it
+            job.lost(STOPPING)
+        else:
+            self._hold(job)
+            self.scheduler.submit(job)
         return job
 
     async def get_job(self, name: str) -> Job:

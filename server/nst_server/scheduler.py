@@ -148,6 +148,11 @@ class Scheduler:
         finally:
             self._reserved -= 1
 
+    @property
+    def stopping(self) -> bool:
+        """Whether jobs are taken no more."""
+        return self._stopping
+
     def next_position(self, caller: str) -> int:
         """Return the place in the queue that a caller's next job would have."""
         return self._waiting.place(caller)

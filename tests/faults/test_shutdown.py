@@ -59,7 +59,8 @@ async def test_sigterm_under_load_loses_no_job(launch: Callable[..., Any], ask: 
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert await server.ended(GRACE_S + 30) == 0
-    assert time.monotonic() - began <= GRACE_S
+    took_s = time.monotonic() - began
+    assert took_s <= GRACE_S, server.said("stopping") + server.said("stopped")
     assert set(await asyncio.gather(*watching)) == {grpc.StatusCode.UNAVAILABLE}
     assert server.said("job ended") == []
 
@@ -71,6 +72,7 @@ async def test_sigterm_under_load_loses_no_job(launch: Callable[..., Any], ask: 
     assert sorted(paused) == sorted(names[-PAUSED:])
     for name in paused:
         await later.caller.jobs.UpdateJob(style_transfer_service_pb2.UpdateJobRequest(name=name, paused=False))
+    await later.caller.jobs.UpdateJob(style_transfer_service_pb2.UpdateJobRequest(name=first, finish=True))
     ends = await asyncio.gather(*(watched(later.caller, name, max(seen[name], default=0)) for name in names))
     for name, told in zip(names, ends, strict=True):
         assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
