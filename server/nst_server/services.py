@@ -112,6 +112,8 @@ async def _write(context: Any, message: Any, timeout_s: float, resource: str) ->
     except TimeoutError:
         log.warning("client cut off: it left its stream unread", resource=resource, seconds=timeout_s)
         raise Unread(f"the stream was left unread for {timeout_s:g} s") from None
+    except grpc.aio.BaseError:  # a client that is gone; gRPC's log need not say so at length
+        raise asyncio.CancelledError from None
 
 
 class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
