@@ -73,6 +73,7 @@ class Application:
         self._alone = not settings.database  # the data folder is locked
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, Job] = {}  # those that have not ended
+        self._accepting: set[asyncio.Task[Job]] = set()
         self._elsewhere: weakref.WeakSet[Job] = weakref.WeakSet()  # other servers' that are watched here
         self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
@@ -111,16 +112,17 @@ class Application:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
-    async def create_job(self, request: JobRequest, caller: str = "") -> Job:
+    async def create_job(self, request: JobRequest, caller: str = "", *, owned: bool = False) -> Job:
         """Check a request for which a place is held, and queue its job; return the one it made if it came before.
 
+        Who is cancelled while the job is being stored leaves it to go on, or, if it is `owned`, to be cancelled.
         Raises RequestError, having started nothing.
         """
         request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
         described, files = request.stored()
         sha256 = fingerprint(described)
         if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
-            return self._known(there)
+            return await self._known(there)
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
         for name, data in files.items():
@@ -128,10 +130,20 @@ class Application:
             await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
         if self.scheduler.stopping:
             raise STOPPING
-        record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
-        if not new:
-            return self._known(self._ledger.job(record))
         job = Job(snapshot, self._ledger, spec, caller=caller)
+        self._accepting.add(accepting := asyncio.create_task(self._accept(job, described, sha256, list(files))))
+        accepting.add_done_callback(self._accepting.discard)
+        try:
+            return await self._known(await asyncio.shield(accepting))
+        except asyncio.CancelledError:  # what is being written will be there nevertheless
+            accepting.add_done_callback(functools.partial(self._left, owned=owned))
+            raise
+
+    async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> Job:
+        """Store a new job and queue it; return it, or the one that is there for its `request_id`."""
+        record, new = await self._ledger.create(job.now, request, sha256, images, job.caller)
+        if not new:
+            return self._ledger.job(record)
         if self.scheduler.stopping:  # the next server has it
             job.lost(STOPPING)
         else:
@@ -139,10 +151,15 @@ class Application:
             self.scheduler.submit(job)
         return job
 
+    def _left(self, accepting: asyncio.Task[Job], *, owned: bool) -> None:
+        """Note that the caller of a job left before it was stored."""
+        if not accepting.cancelled() and accepting.exception() is None and owned:
+            self.cancel(accepting.result())
+
     async def get_job(self, name: str) -> Job:
         """Return a job. Raises NotFound."""
         name = f"jobs/{name.removeprefix('jobs/')}"
-        return self._jobs.get(name) or self._known(await self._ledger.get(name))
+        return self._jobs.get(name) or await self._known(await self._ledger.get(name))
 
     async def list_jobs(
         self, caller: str, states: Sequence[JobState], page_size: int, page_token: str
@@ -150,7 +167,7 @@ class Application:
         """Return a page of a caller's jobs, the newest first, and the token of the next. Raises InvalidField."""
         jobs = await self._ledger.page(caller, states, page_size + 1, _job_token(page_token))
         more = jobs[page_size:]
-        page = [self._known(job) for job in jobs[:page_size]]
+        page = [self._jobs.get(job.name, job) for job in jobs[:page_size]]
         return page, _token(f"{page[-1].now.create_time.isoformat()} {page[-1].name}") if more else ""
 
     async def update_job(self, name: str, update: JobUpdate) -> Job:
@@ -205,7 +222,6 @@ class Application:
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""
-        job = self._known(job)
         if not job.elsewhere:
             self.scheduler.cancel(job)
         elif not job.state.terminal:
@@ -217,12 +233,12 @@ class Application:
         except RequestError as error:
             log.info("job not cancelled", job=job.name, error=str(error))
 
-    def _known(self, job: Job) -> Job:
-        """Return a stored job as this server has it; the archive tells of one that it does not have, or not yet."""
-        if job.name in self._jobs:
-            return self._jobs[job.name]
-        job.elsewhere = True
-        return job
+    async def _known(self, job: Job) -> Job:
+        """Return a stored job as this server has it; the archive tells of one that it does not have."""
+        if self._accepting:  # it may be one of them, stored and not yet queued
+            await asyncio.wait(self._accepting)
+        job.elsewhere = job.name not in self._jobs
+        return self._jobs.get(job.name, job)
 
     def _hold(self, job: Job) -> None:
         """Answer for a job until it has ended, or another server has it."""

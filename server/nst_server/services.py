@@ -128,7 +128,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         """Create a job and stream its events; unless the caller wants otherwise the job ends when the call does."""
         with _place.get():
             asked = convert.request_from_proto(request)
-            job = await self._application.create_job(asked)
+            job = await self._application.create_job(asked, owned=asked.cancel_on_disconnect)
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
         except (Moved, Stopping):  # which is no wish of the caller: the job goes on

@@ -1,4 +1,4 @@
-"""A worker whose iterations sleep for as long as real ones take, and whose clock stands still while it waits for a core.
+"""A worker whose iterations sleep as long as real ones take, and whose clock stands still while it waits for a core.
 
 What is left of a slow-down is what the product is to blame for: a full pipe, the interpreter's lock, copies.
 """

@@ -90,7 +90,12 @@ async def watcher(address: str, name: str, **preview: Any) -> Watcher:
 
 async def create(caller: Caller, **options: Any) -> job_pb2.Job:
     """Create a job: a QUICK one, options and fields changed as told."""
-    return await caller.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=asked(**options)))
+    return await create_by(caller, asked(**options))
+
+
+async def create_by(caller: Caller, request: style_transfer_service_pb2.StylizeRequest) -> job_pb2.Job:
+    """Send a request by CreateJob."""
+    return await caller.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=request))
 
 
 def asked(*, content: bytes = b"", request_id: str = "", **options: Any) -> style_transfer_service_pb2.StylizeRequest:
@@ -213,6 +218,40 @@ async def test_one_request_in_32_streams_is_one_job(caller: Caller) -> None:
         assert {one.job.state for one in told} == {job_pb2.JOB_STATE_SUCCEEDED}
         for one in told:
             assert [event.sequence for event in one.numbered] == list(range(1, one.events[-1].sequence + 1))
+
+
+async def test_a_caller_may_leave_while_its_job_is_stored(
+    server: Server, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CreateJob: the job is there and runs, and the request repeated finds it. Stylize: the job ends, as it is its."""
+    store, written, go_on = server._ledger.store.create, asyncio.Event(), asyncio.Event()
+
+    async def slow(*given: Any, **named: Any) -> Any:
+        stored = await store(*given, **named)
+        written.set()
+        await go_on.wait()
+        return stored
+
+    ends = {}
+    for method in (caller.jobs.CreateJob, caller.jobs.Stylize):
+        written.clear()
+        go_on.clear()
+        monkeypatch.setattr(server._ledger.store, "create", slow)
+        request = asked(request_id=f"left-{method is caller.jobs.Stylize}")
+        if method is caller.jobs.CreateJob:
+            call = method(style_transfer_service_pb2.CreateJobRequest(request=request))
+        else:
+            call = method(request)
+        await asyncio.wait_for(written.wait(), 10)
+        monkeypatch.undo()
+        call.cancel()
+        await until(lambda: not server._application.scheduler._reserved)
+        again = asyncio.create_task(create_by(caller, request))
+        await asyncio.sleep(0.2)
+        go_on.set()
+        told = await asyncio.wait_for(watched(caller, (await again).name), 30)
+        ends[method is caller.jobs.Stylize] = told.job.state
+    assert ends == {False: job_pb2.JOB_STATE_SUCCEEDED, True: job_pb2.JOB_STATE_CANCELLED}
 
 
 async def test_a_running_job_is_cancelled_within_an_evaluation(server: Server, caller: Caller) -> None:

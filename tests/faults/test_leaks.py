@@ -53,11 +53,11 @@ def open_files() -> int:
 
 async def back_to(before: Footprint, server: Server) -> None:
     """Wait until nothing is held beyond what was before. Fails if something stays."""
-    for _ in range(10):
+    for turn in range(20):
         now = Footprint.of(server)
         if all(count <= once for count, once in zip(now, before, strict=True)):
             return
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.05 * turn)
         gc.collect()
     raise AssertionError(f"{now} is left of {before}: {[task.get_coro() for task in asyncio.all_tasks()]}")
 
