@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -75,6 +76,8 @@ class Application:
         self._alone = not settings.database  # the data folder is locked
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, Job] = {}  # those that have not ended
+        self._accepting: set[asyncio.Task[Job]] = set()
+        self._elsewhere: weakref.WeakSet[Job] = weakref.WeakSet()  # other servers' that are watched here
         self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
         self._styles = StyleStore(settings.data_dir / "styles")
@@ -107,56 +110,59 @@ class Application:
                 await self._ledger.journal.flush()
         for task in self._tasks:
             task.cancel()
-        for job in self._jobs.values():
+        for job in (*self._jobs.values(), *self._elsewhere):
             job.lost(STOPPING)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
-    async def create_job(self, request: JobRequest, caller: str = "", *, tied: bool = False) -> Job:
+    async def create_job(self, request: JobRequest, caller: str = "", *, owned: bool = False) -> Job:
         """Check a request for which a place is held, and queue its job; return the one it made if it came before.
 
-        `tied` says that nobody wants the job if this is cancelled. Raises RequestError, having started nothing.
+        Who is cancelled while the job is being stored leaves it to go on, or, if it is `owned`, to be cancelled.
+        Raises RequestError, having started nothing.
         """
         request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
         described, files = request.stored()
         sha256 = fingerprint(described)
         if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
-            return self._jobs.get(there.name, there)
+            return await self._known(there)
         spec = await self._decode(self._checked, request)
-
-        async def create() -> Job:
-            snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
-            for name, data in files.items():
-                kind = await self._decode(images.kind_of, data)
-                await self._ledger.keep_image(
-                    data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller
-                )
-            record, new = await self._ledger.create(snapshot, described, sha256, list(files), caller)
-            if not new:
-                job = self._ledger.job(record)
-                return self._jobs.get(job.name, job)
-            job = Job(snapshot, self._ledger, spec, caller=caller)
-            self._hold(job)
-            self.scheduler.submit(job)
-            return job
-
-        # What is stored must be queued, too, even if its caller leaves in between.
-        creating = asyncio.create_task(create())
+        snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
+        for name, data in files.items():
+            kind = await self._decode(images.kind_of, data)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
+        if self.scheduler.stopping:
+            raise STOPPING
+        job = Job(snapshot, self._ledger, spec, caller=caller)
+        self._accepting.add(accepting := asyncio.create_task(self._accept(job, described, sha256, list(files))))
+        accepting.add_done_callback(self._accepting.discard)
         try:
-            return await asyncio.shield(creating)
-        except asyncio.CancelledError:
-            if tied:
-                creating.add_done_callback(self._unwanted)
+            return await self._known(await asyncio.shield(accepting))
+        except asyncio.CancelledError:  # what is being written will be there nevertheless
+            accepting.add_done_callback(functools.partial(self._left, owned=owned))
             raise
 
-    def _unwanted(self, created: asyncio.Task[Job]) -> None:
-        if not (created.cancelled() or created.exception()):
-            self.scheduler.cancel(created.result())
+    async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> Job:
+        """Store a new job and queue it; return it, or the one that is there for its `request_id`."""
+        record, new = await self._ledger.create(job.now, request, sha256, images, job.caller)
+        if not new:
+            return self._ledger.job(record)
+        if self.scheduler.stopping:  # the next server has it
+            job.lost(STOPPING)
+        else:
+            self._hold(job)
+            self.scheduler.submit(job)
+        return job
+
+    def _left(self, accepting: asyncio.Task[Job], *, owned: bool) -> None:
+        """Note that the caller of a job left before it was stored."""
+        if not accepting.cancelled() and accepting.exception() is None and owned:
+            self.cancel(accepting.result())
 
     async def get_job(self, name: str) -> Job:
         """Return a job. Raises NotFound."""
         name = f"jobs/{name.removeprefix('jobs/')}"
-        return self._jobs.get(name) or await self._ledger.get(name)
+        return self._jobs.get(name) or await self._known(await self._ledger.get(name))
 
     async def list_jobs(
         self, caller: str, states: Sequence[JobState], page_size: int, page_token: str
@@ -211,13 +217,31 @@ class Application:
 
     def watch(self, job: Job, preview: PreviewSpec, after: int = 0) -> AsyncGenerator[Event]:
         """Return what happens to a job after an event; see `Job.watch`."""
-        if preview.every_frame and preview.interval:
+        if job.elsewhere:
+            self._elsewhere.add(job)
+        elif preview.every_frame and preview.interval:
             self.scheduler.every_frame(job)
         return job.watch(preview, after)
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""
-        self.scheduler.cancel(job)
+        if not job.elsewhere:
+            self.scheduler.cancel(job)
+        elif not job.state.terminal:
+            self._begin(self._cancel_elsewhere(job))
+
+    async def _cancel_elsewhere(self, job: Job) -> None:
+        try:
+            await self._ledger.command(job, {CANCEL: True})
+        except RequestError as error:
+            log.info("job not cancelled", job=job.name, error=str(error))
+
+    async def _known(self, job: Job) -> Job:
+        """Return a stored job as this server has it; the archive tells of one that it does not have."""
+        if self._accepting:  # it may be one of them, stored and not yet queued
+            await asyncio.wait(self._accepting)
+        job.elsewhere = job.name not in self._jobs
+        return self._jobs.get(job.name, job)
 
     def _hold(self, job: Job) -> None:
         """Answer for a job until it has ended, or another server has it."""

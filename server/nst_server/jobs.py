@@ -185,7 +185,10 @@ class Archive(Protocol):
         """Write a job's next events, with the job as it is after them; calls `job.written` or `job.lost` later."""
 
     async def events(self, name: str, after: int) -> list[Event]:
-        """Return some of a job's events after a number, the next first; none if there are no more."""
+        """Return some of a job's events after a number, the next first; none if there are no more.
+
+        Raises NotFound if the job has been deleted.
+        """
 
     async def file(self, sha256: str) -> bytes:
         """Return a result's file."""
@@ -342,11 +345,11 @@ class Job:
         The log is read at the watcher's own pace. Raises what `lost` was told.
         """
         wakeup = asyncio.Event()
-        self._watchers.add(wakeup)
         told = -1 if self._shown.progress is None else self._shown.progress.iteration
         frames: Frames = Newest(preview, told)
         if preview.every_frame and preview.interval:
-            frames = Spooled(preview, self._archive.spool(), wakeup.set)
+            frames = Spooled(preview, self._archive.spool(), wakeup.set)  # which may be refused
+        self._watchers.add(wakeup)
         self._frames.add(frames)
         if self._picture is not None:
             frames.offer(self._picture)
@@ -405,7 +408,7 @@ class Job:
     async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
         quiet_s = 0.0
-        while True:
+        while self._lost is None:
             for event in await self._archive.events(self.name, cursor):
                 cursor, quiet_s = event.sequence, 0.0
                 yield await self._whole(event)
@@ -416,6 +419,7 @@ class Job:
             if quiet_s >= heartbeat_s:
                 quiet_s = 0.0
                 yield self._event(Heartbeat(), cursor)
+        raise self._lost
 
     async def _whole(self, event: Event) -> Event:
         """Return an event with the file that belongs to it."""

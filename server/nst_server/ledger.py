@@ -16,9 +16,17 @@ from typing import Any, BinaryIO
 import structlog
 
 from nst_server import archive
-from nst_server.errors import Moved, NotFound, RequestError, RequestIdReused
+from nst_server.errors import (
+    Moved,
+    NotFound,
+    RequestError,
+    RequestIdReused,
+    StorageDamaged,
+    StorageFull,
+    StorageUnavailable,
+)
 from nst_server.jobs import Event, Job, JobSnapshot, JobState
-from nst_server.journal import Journal
+from nst_server.journal import RETRY_S, Journal
 from nst_server.messages import Checkpoint
 from nst_server.requests import JobRequest
 from nst_server.storage.blobs import Blobs
@@ -75,7 +83,10 @@ class Ledger:
 
     async def events(self, name: str, after: int) -> list[Event]:
         """Return some of a job's events after a number; see `jobs.Archive`."""
-        return [archive.event_from_record(record) for record in await self.store.events(_id(name), after)]
+        records = await self.store.events(_id(name), after)
+        if not records:
+            await self.store.get(_id(name))  # or it is gone
+        return [archive.event_from_record(record) for record in records]
 
     async def file(self, sha256: str) -> bytes:
         """Return a result's file; see `jobs.Archive`."""
@@ -174,7 +185,13 @@ class Ledger:
     async def attempt(self, job: Job) -> bool:
         """Begin the next attempt at a queued job; return False if this server has it no more."""
         await self.journal.flush()
-        record = await self.store.attempt(_id(job.name), self.owner)
+        while True:
+            try:
+                record = await self.store.attempt(_id(job.name), self.owner)
+                break
+            except (StorageFull, StorageUnavailable) as error:  # which is no fault of the job
+                log.error("job cannot begin yet", job=job.name, error=str(error))
+                await asyncio.sleep(RETRY_S)
         if record is None:
             job.lost(Moved(f"{job.name} has been taken over by another server"))
             return False
@@ -213,9 +230,10 @@ class Ledger:
         return Fence(self.owner, job.now.attempt)
 
     def _refused(self, job: Job, failure: Exception) -> None:
-        """Give a job up whose events the store refuses: another server has it."""
+        """Give a job up whose events the store refuses: another server has it, or they cannot be written any more."""
         log.error("job lost", job=job.name, error=str(failure))
-        job.lost(Moved(f"{job.name} has been taken over by another server"))
+        moved = Moved(f"{job.name} has been taken over by another server")
+        job.lost(failure if isinstance(failure, StorageDamaged) else moved)
 
     def _later(self, work: Any) -> None:
         async def chore() -> None:

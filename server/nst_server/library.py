@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from nst_server import images
-from nst_server.errors import InvalidField, NotFound, PartMissing
+from nst_server.errors import InvalidField, NotFound, PartMissing, StorageDamaged
 from nst_server.ledger import Ledger
 from nst_server.storage.records import ImageRecord, UploadRecord
 
@@ -58,6 +58,8 @@ class Library:
     async def get(self, name: str) -> Upload:
         """Return how far an upload has come."""
         record = await self._ledger.store.upload(_id(name))
+        if record.received == record.size and record.sha256 and await self._here(record.sha256, record.size):
+            return Upload(record.id, record.size, record.size, record.sha256)
         return Upload(record.id, record.size, record.received)
 
     async def write(self, name: str, offset: int, data: bytes) -> Upload:
@@ -78,9 +80,8 @@ class Library:
             await blobs.put_part(record.id, offset, data)
             if not await store.advance_upload(record.id, offset, len(data)):
                 return await self.get(name)  # somebody else was faster
-        if end < record.size:
-            return await self.get(name)
-        return await self._complete(record)
+        there = await self.get(name)
+        return there if end < record.size or there.image else await self._complete(record)
 
     async def describe(self, name: str) -> ImageRecord:
         """Return what is known of an image."""
@@ -89,7 +90,8 @@ class Library:
     async def read(self, image: ImageRecord, offset: int) -> AsyncIterator[tuple[int, bytes]]:
         """Yield the parts of an image's file from an offset on, each with its own."""
         while offset < image.bytes:
-            data = await self._ledger.blobs.read(image.sha256, offset, READ_BYTES)
+            if not (data := await self._ledger.blobs.read(image.sha256, offset, READ_BYTES)):
+                raise StorageDamaged(f"the file of images/{image.sha256} ends at byte {offset} of {image.bytes}")
             yield offset, data
             offset += len(data)
 
@@ -102,9 +104,12 @@ class Library:
                 data, kind.width, kind.height, kind.media_type, sha256=sha256, caller=record.caller
             )
         except InvalidField:
-            await self._drop(record.id)
+            await self._ledger.store.delete_upload(record.id)
+            await self._ledger.blobs.drop_parts(record.id)
             raise
-        await self._drop(record.id)
+        # Not forgotten yet: who loses this answer sends the last part again.
+        await self._ledger.store.complete_upload(record.id, sha256)
+        await self._ledger.blobs.drop_parts(record.id)
         return Upload(record.id, record.size, record.size, sha256)
 
     def _checked(self, record: UploadRecord, data: bytes) -> str:
@@ -114,10 +119,6 @@ class Library:
             raise InvalidField("sha256", f"of what was sent is {sha256}, not {record.sha256}: send it again")
         images.decode_with_alpha(data, "data", self._max_pixels)
         return sha256
-
-    async def _drop(self, upload_id: str) -> None:
-        await self._ledger.store.delete_upload(upload_id)
-        await self._ledger.blobs.drop_parts(upload_id)
 
     async def _here(self, sha256: str, total_bytes: int) -> bool:
         try:

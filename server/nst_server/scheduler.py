@@ -148,6 +148,11 @@ class Scheduler:
         finally:
             self._reserved -= 1
 
+    @property
+    def stopping(self) -> bool:
+        """Whether jobs are taken no more."""
+        return self._stopping
+
     def next_position(self, caller: str) -> int:
         """Return the place in the queue that a caller's next job would have."""
         return self._waiting.place(caller)
@@ -283,6 +288,9 @@ class Scheduler:
             ending = None if task is None else await run.ending(task, lambda message: self._note(run, message))
         except RequestError as error:
             ending = Failed(job.name, error.reason, str(error))
+        except Exception as error:  # the loop that serves the executor must go on
+            log.exception("job cannot begin", job=job.name)
+            ending = Failed(job.name, "INTERNAL", f"{type(error).__name__}: {error}")
         if not self._stopping or ending is not None:
             self._running.pop(job.name, None)
         if ending is None:
@@ -323,7 +331,7 @@ class Scheduler:
                 task.add_done_callback(lambda _: self._endings.pop(job.name))
             case Cancelled():
                 job.cancelled()
-            case Suspended() if wanted is JobState.PAUSED:
+            case Suspended() if wanted is JobState.PAUSED and not job.finishing:
                 job.paused()
             case Suspended():
                 self._again(job)

@@ -104,6 +104,18 @@ def _refusal(error: RequestError) -> Any:
     return grpc.stream_stream_rpc_method_handler(refuse)  # a stream's messages are received when they are asked for
 
 
+async def _write(context: Any, message: Any, timeout_s: float, resource: str) -> None:
+    """Write to a stream. Raises Unread if the client does not read: gRPC never gives up on one that is connected."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except TimeoutError:
+        log.warning("client cut off: it left its stream unread", resource=resource, seconds=timeout_s)
+        raise Unread(f"the stream was left unread for {timeout_s:g} s") from None
+    except grpc.aio.BaseError:  # a client that is gone; gRPC's log need not say so at length
+        raise asyncio.CancelledError from None
+
+
 class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
     """Makes pictures."""
 
@@ -116,7 +128,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         """Create a job and stream its events; unless the caller wants otherwise the job ends when the call does."""
         with _place.get():
             asked = convert.request_from_proto(request)
-            job = await self._application.create_job(asked, tied=asked.cancel_on_disconnect)
+            job = await self._application.create_job(asked, owned=asked.cancel_on_disconnect)
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
         except (Moved, Stopping):  # which is no wish of the caller: the job goes on
@@ -189,16 +201,10 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         self, job: Job, preview: PreviewSpec, after: int, response: Callable[..., Any], context: Any
     ) -> None:
         """Write a job's events. Raises Unread if the client does not read them."""
-        try:
-            async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
-                async for event in events:
-                    for message in convert.event_to_proto(event):
-                        # gRPC itself never gives up on a client that is connected and does not read.
-                        async with asyncio.timeout(self._write_timeout_s):
-                            await context.write(response(event=message))
-        except TimeoutError:
-            log.warning("client cut off: it left its stream unread", job=job.name, seconds=self._write_timeout_s)
-            raise Unread(f"the stream was left unread for {self._write_timeout_s:g} s") from None
+        async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
+            async for event in events:
+                for message in convert.event_to_proto(event):
+                    await _write(context, response(event=message), self._write_timeout_s, job.name)
 
 
 class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
@@ -235,8 +241,8 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         if not 0 <= request.offset <= image.bytes:
             raise InvalidField("offset", f"must be from 0 to {image.bytes}, not {request.offset}")
         async for offset, data in self._library.read(image, request.offset):
-            async with asyncio.timeout(self._write_timeout_s):
-                await context.write(convert.stored_part_to_proto(image, offset, data))
+            part = convert.stored_part_to_proto(image, offset, data)
+            await _write(context, part, self._write_timeout_s, f"images/{image.sha256}")
 
 
 class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):

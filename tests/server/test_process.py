@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,11 @@ class Process:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def launch(tiny_weights_file: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Return what starts `nst-server` with the tiny model and further arguments."""
+    """Return what starts `nst-server` with the tiny model and further arguments; `program` may do so in its own way."""
     launched = []
 
-    async def start(*arguments: str) -> Process:
-        command = [sys.executable, "-m", "nst_server", "--listen=localhost:0", f"--data-dir={tmp_path / 'data'}"]
+    async def start(*arguments: str, program: Sequence[str] = ("-m", "nst_server")) -> Process:
+        command = [sys.executable, *program, "--listen=localhost:0", f"--data-dir={tmp_path / 'data'}"]
         command += ["--devices=cpu", "--threads=1", "--default-model=vgg16", f"--weights=vgg16={tiny_weights_file}"]
         process = await asyncio.create_subprocess_exec(
             *command, "--log-format=json", *arguments, stderr=asyncio.subprocess.PIPE, start_new_session=True

@@ -511,6 +511,38 @@ async def test_a_dead_worker_costs_an_attempt_and_not_the_job(scheduler: Queue) 
     assert (job.now.error.reason, other.state) == ("WORKER_DIED", "running")
 
 
+async def test_a_job_that_cannot_begin_fails_alone(scheduler: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its ledger raises; the next job runs."""
+
+    async def attempt(job: Job) -> bool:
+        monkeypatch.undo()
+        raise ValueError("who wrote this?")
+
+    hand = Held()
+    monkeypatch.setattr(scheduler.ledger, "attempt", attempt)
+    job, following = submitted(scheduler), submitted(scheduler)
+    scheduler.add(hand)
+    await settled()
+    assert job.now.error is not None
+    assert (job.now.error.reason, following.state) == ("INTERNAL", "running")
+    hand.done()
+
+
+async def test_enough_is_not_forgotten_by_a_job_that_was_about_to_pause(scheduler: Queue) -> None:
+    """Paused, and then told to finish before its worker has let go: it goes on at once, and finishes."""
+    hand = Held()
+    scheduler.add(hand)
+    job = submitted(scheduler)
+    await settled()
+    scheduler.pause(job)
+    scheduler.finish(job)
+    hand.end(Suspended(job.name))
+    await settled()
+    assert job.state == "running"
+    assert hand.orders[-1] == Finish(job.name)
+    hand.done()
+
+
 async def test_another_servers_job_is_let_go(scheduler: Queue) -> None:
     """Whether it was waiting here or running; nothing more is written of it, and none of its checkpoints dropped."""
     hand = Held()

@@ -233,10 +233,11 @@ class JobStore:
                 try:
                     _append(connection, batches[index])
                 except Exception as error:
-                    if refusal(error, self._place):  # the storage failed, and so has everything
+                    known = refusal(error, self._place)
+                    if known and not isinstance(known, StorageDamaged):  # the storage failed, and so has everything
                         raise
                     savepoint.rollback()
-                    failures[index] = error
+                    failures[index] = known or error
                 else:
                     savepoint.commit()
             return failures
@@ -365,6 +366,12 @@ class JobStore:
         there = and_(uploads.c.id == id, uploads.c.received == offset, uploads.c.size >= end)
         statement = update(uploads).where(there).values(received=end)
         return await self._write(lambda connection: bool(connection.execute(statement).rowcount))
+
+    async def complete_upload(self, id: str, sha256: str) -> None:
+        """Note which image came of an upload."""
+        await self._write(
+            lambda connection: connection.execute(update(uploads).where(uploads.c.id == id).values(sha256=sha256))
+        )
 
     async def delete_upload(self, id: str) -> None:
         """Forget an upload, if it is there."""

@@ -115,7 +115,7 @@ class UploadRecord:
 
     Attributes:
         size: of the whole file, bytes; `received` of them are here.
-        sha256: of the whole file if the caller said it, else empty.
+        sha256: of the whole file if the caller said it, or if it is complete; else empty.
     """
 
     id: str

@@ -21,6 +21,8 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
+from nst_server.errors import StorageDamaged
+
 
 class Utc(TypeDecorator[datetime]):
     """A time that knows its zone, kept in UTC. SQLite keeps none."""
@@ -50,8 +52,11 @@ class Json(TypeDecorator[Any]):
         return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:  # noqa: ARG002
-        """Return a value from the database."""
-        return None if value is None else json.loads(value)
+        """Return a value from the database. Raises StorageDamaged for what is no JSON."""
+        try:
+            return None if value is None else json.loads(value)
+        except ValueError as error:
+            raise StorageDamaged(f"a row of the database is damaged: {error}") from error
 
 
 metadata = MetaData(

@@ -7,6 +7,7 @@ disk, a folder without write permission (and for root without the capability to 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import subprocess
@@ -23,7 +24,7 @@ from nst_server.errors import NotFound, StorageDamaged, StorageFull, StorageRead
 from nst_server.storage.blobs import Blobs
 from nst_server.storage.database import JobStore
 from nst_server.storage.faults import refusal
-from nst_server.storage.records import EventRecord, JobRecord
+from nst_server.storage.records import Batch, EventRecord, JobRecord
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -219,6 +220,12 @@ async def test_damage_that_comes_later_is_said(tmp_path: Path) -> None:
     with pytest.raises(StorageDamaged, match=r"nst\.sqlite3 is damaged"):
         await store.events("a", limit=10_000)
     assert (await store.get("b")).id == "b"
+    event = EventRecord(5000, 0, NOW, "progress", {})
+    batches = [Batch("a", [event]), Batch("b", [dataclasses.replace(event, sequence=1)])]
+    hurt, fine = await store.append_many(batches)
+    assert isinstance(hurt, StorageDamaged)
+    assert fine is None
+    assert [event.sequence for event in await store.events("b")] == [1]
     await store.close()
 
 
