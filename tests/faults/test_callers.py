@@ -328,13 +328,15 @@ async def test_cancel_while_the_picture_is_encoded(
     assert_ended_once(await watched(caller, job.name))
 
 
-async def test_cancel_races_with_finish(caller: Caller) -> None:
+async def test_cancel_races_with_finish(server: Server, caller: Caller) -> None:
     """At moments around a job's end, and again after it: one terminal state, and every answer names the same."""
     dice, states = random.Random(7), set()
-    for _ in range(15):
+    for _ in range(20):
         job = await create(caller, size_px=32, iterations=10)
-        watching = asyncio.create_task(watched(caller, job.name))
-        await asyncio.sleep(dice.uniform(0.0, 0.25))
+        watching, live = asyncio.create_task(watched(caller, job.name)), server._application._jobs[job.name]
+        moment = dice.choice((0, 3, 6, 8, 9, 10, 10, 10))
+        await until(lambda live=live, moment=moment: live.now.progress and live.now.progress.iteration >= moment, 20)
+        await asyncio.sleep(dice.choice((0, 0, 0.005, 0.02)))
         cancelled = await cancel(caller, job.name)
         again = await cancel(caller, job.name)
         told = await watching

@@ -204,6 +204,7 @@ async def test_readers_that_stall_leave_nothing(server: Server, ask: Ask) -> Non
         assert codes <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.OK}
         for sleeper in many:
             await sleeper.channel.close()
+        del call, stalled, sleepy  # a call holds its connection
         await back_to(before, server)
 
 
