@@ -75,6 +75,11 @@ def columns(snapshot: JobSnapshot) -> dict[str, Any]:
     }
 
 
+def checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what is stored of a checkpoint whose state is among the blobs."""
+    return {"key": checkpoint.key, "iteration": checkpoint.iteration, "elapsed_s": checkpoint.elapsed_s}
+
+
 def checkpoint_from_json(values: Mapping[str, Any] | None) -> Checkpoint | None:
     """Return a stored checkpoint, None if there is none."""
     return None if values is None else Checkpoint(**values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import io
 import tempfile
@@ -212,7 +211,7 @@ class Ledger:
         before, job.checkpoint = job.checkpoint, checkpoint
         if checkpoint.data:
             return
-        changes = {"checkpoint": dataclasses.asdict(checkpoint)}
+        changes = {"checkpoint": archive.checkpoint_to_json(checkpoint)}
 
         def settled(failure: Exception | None) -> None:
             stale = checkpoint if failure else before

@@ -158,7 +158,6 @@ class Server:
         """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop."""
         if self._stopped:
             return
-        self._stopped = True
         served = not self.starting  # else whoever called `start` has the one line that matters
         if served:
             log.info("stopping")
@@ -175,6 +174,7 @@ class Server:
             await self._ledger.close(AFTERMATH_S)
         if self._lock is not None:
             self._lock.release()
+        self._stopped = True
         if served:
             log.info("stopped")
 

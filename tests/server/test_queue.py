@@ -102,8 +102,9 @@ async def test_refused_requests_give_their_places_back(caller: Caller, ask: Ask,
 @pytest.mark.skipif(
     Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1", reason="this kernel grants any amount of memory"
 )
-async def test_a_job_fails_alone(caller: Caller, ask: Ask) -> None:
+async def test_a_job_fails_alone(serve: Callable[..., Any], ask: Ask) -> None:
     """Too little memory: the job ends FAILED with reason and advice, its stream OK, and the next job succeeds."""
+    _, caller = await serve(memory_gib=100_000)  # or it would have been refused
     layers = {"relu1_1": 1.0}
     told = await caller.told(
         ask(

@@ -180,7 +180,8 @@ async def test_preview_quality_matters(caller: Caller, ask: Ask) -> None:
 
 async def test_frame_shows_the_picture_of_its_iteration(caller: Caller, ask: Ask, photo: bytes) -> None:
     """Iteration 0 from the content is the content itself; a PNG frame of the last iteration is the result."""
-    told = await caller.told(ask(size_px=96, iterations=5, preview={"encoding": {"format": "IMAGE_FORMAT_PNG"}}))
+    preview = {"encoding": {"format": "IMAGE_FORMAT_PNG"}, "every_frame": True}
+    told = await caller.told(ask(size_px=96, iterations=5, preview=preview))
     frames = {iteration: np.asarray(opened(data)) for iteration, _, _, data in told.frames}
 
     assert np.array_equal(frames[0], np.asarray(opened(photo)))
