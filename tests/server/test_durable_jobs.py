@@ -345,7 +345,7 @@ async def test_an_image_is_downloaded_from_anywhere(caller: Caller) -> None:
 async def test_a_job_starts_from_anothers_result(caller: Caller, ask: Ask) -> None:
     """By name, without sending it back; its first picture is that one."""
     first = await caller.told(ask(iterations=5))
-    request = ask(iterations=1, preview={"encoding": {"format": "IMAGE_FORMAT_PNG"}})
+    request = ask(iterations=1, preview={"every_frame": True, "encoding": {"format": "IMAGE_FORMAT_PNG"}})
     request.init_image.name = first.job.result.image
     told = await caller.told(request)
     (iteration, _, _, picture), *_ = told.frames
