@@ -297,7 +297,7 @@ class Application:
 
     async def _file(self, source: ImageName, field: str) -> bytes:
         """Return the file of an image on this server. Raises NotFound."""
-        return await self._ledger.image_file(source.name, field)
+        return await self._ledger.image_file(source.name, f"{field}.name")
 
     async def create_style(self, style_id: str, display_name: str, sources: Sequence[tuple[Source, float]]) -> Style:
         """Store a style; its Gram matrices for the defaults are computed when a device is idle."""
