@@ -62,7 +62,7 @@ def test_pictures_look_alike(runs: dict[tuple[str, int], tuple[Iterate, float]])
 
 
 def test_preview_predicts_the_final(runs: dict[tuple[str, int], tuple[Iterate, float]], vgg16: FeatureWeights) -> None:
-    """Seen from afar, the look in seconds is nearly what the default preset makes; of another style it is far from it."""
+    """Seen from afar, the look in seconds is nearly what the default preset makes; that of another style is not."""
     final = small(runs["vgg16", 512][0].picture)
     options = StylizeOptions.of("preview")
 
