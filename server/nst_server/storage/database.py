@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -223,26 +224,39 @@ class JobStore:
             raise failure
 
     async def append_many(self, batches: Sequence[Batch]) -> list[Exception | None]:
-        """Do what `append` does for many jobs at the cost of one; return for each why it was not done."""
+        """Do what `append` does for many jobs at the cost of one; return for each why it was not done.
 
-        def work(connection: Connection) -> list[Exception | None]:
-            failures: list[Exception | None] = [None] * len(batches)
-            # Whoever locks several jobs locks them in the same order.
-            for index in sorted(range(len(batches)), key=lambda index: batches[index].id):
-                savepoint = connection.begin_nested()
+        Damage that one job meets is that job's: SQLite refuses every write of a transaction that has met some, also
+        after a savepoint, so that each job then gets a transaction of its own.
+        """
+        if not batches:
+            return []
+        try:
+            return await self._write(partial(self._append_each, batches=batches))
+        except StorageDamaged:
+            failures: list[Exception | None] = []
+            for batch in batches:
                 try:
-                    _append(connection, batches[index])
-                except Exception as error:
-                    known = refusal(error, self._place)
-                    if known and not isinstance(known, StorageDamaged):  # the storage failed, and so has everything
-                        raise
-                    savepoint.rollback()
-                    failures[index] = known or error
-                else:
-                    savepoint.commit()
+                    failures += await self._write(partial(self._append_each, batches=[batch]))
+                except StorageDamaged as error:
+                    failures.append(error)
             return failures
 
-        return await self._write(work) if batches else []
+    def _append_each(self, connection: Connection, batches: Sequence[Batch]) -> list[Exception | None]:
+        failures: list[Exception | None] = [None] * len(batches)
+        # Whoever locks several jobs locks them in the same order.
+        for index in sorted(range(len(batches)), key=lambda index: batches[index].id):
+            savepoint = connection.begin_nested()
+            try:
+                _append(connection, batches[index])
+            except Exception as error:
+                if refusal(error, self._place):  # the storage failed, and with it the transaction
+                    raise
+                savepoint.rollback()
+                failures[index] = error
+            else:
+                savepoint.commit()
+        return failures
 
     async def events(self, id: str, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Return the events of a job after a number, in order; those of progress are gone up to `compacted`."""
