@@ -11,14 +11,16 @@ folder's files get their names when they are complete, a bucket's by nature.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.store import LocalStore, MemoryStore, from_url
@@ -27,7 +29,10 @@ from nst_server.errors import NotFound, StorageDamaged
 from nst_server.storage.faults import refused
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore, RetryConfig
+
+T = TypeVar("T")
 
 MEMORY = ":memory:"
 
@@ -38,6 +43,9 @@ UNFINISHED = re.compile(r".+#\d+")
 SCHEMES = ("s3://", "gs://", "az://", "file://")
 
 RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
+
+THREADS = ThreadPoolExecutor(16, "nst-blobs")
+"""Where the library is called. Its coroutines end in threads of its own, which abort a process that exits meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -97,25 +105,11 @@ class Blobs:
 
         They are not checked: only the whole can be.
         """
-        key = _key(sha256)
-        with refused(self._place):
-            try:
-                size = (await obstore.head_async(self._store, key))["size"]
-                end = min(start + length, size)
-                if start >= end:
-                    return b""
-                return bytes(await obstore.get_range_async(self._store, key, start=start, end=end))
-            except FileNotFoundError:
-                raise _nothing(key) from None
+        return await self._do(self._read, _key(sha256), start, length)
 
     async def exists(self, sha256: str) -> bool:
         """Return whether the bytes of a hash are here."""
-        with refused(self._place):
-            try:
-                await obstore.head_async(self._store, _key(sha256))
-            except FileNotFoundError:
-                return False
-            return True
+        return await self._do(self._exists, _key(sha256))
 
     async def delete(self, sha256: str) -> None:
         """Delete the bytes of a hash, if they are here."""
@@ -123,20 +117,11 @@ class Blobs:
 
     async def write(self, key: str, data: bytes) -> str:
         """Keep bytes by a name, in place of what had it, and return their SHA-256."""
-        with refused(self._place):
-            await obstore.put_async(self._store, key, data)
-            if self._folder:
-                await asyncio.to_thread(_settle, self._folder, key)
-        return hashlib.sha256(data).hexdigest()
+        return await self._do(self.write_now, key, data)
 
     async def fetch(self, key: str, sha256: str = "") -> bytes:
         """Return the bytes of a name. Raises NotFound, StorageDamaged if they are not of the given SHA-256."""
-        with refused(self._place):
-            try:
-                data = bytes(await (await obstore.get_async(self._store, key)).bytes_async())
-            except FileNotFoundError:
-                raise _nothing(key) from None
-        return self._checked(key, data, sha256)
+        return await self._do(self.fetch_now, key, sha256)
 
     def write_now(self, key: str, data: bytes) -> str:
         """Do what `write` does, and block."""
@@ -153,21 +138,18 @@ class Blobs:
                 data = bytes(obstore.get(self._store, key).bytes())
             except FileNotFoundError:
                 raise _nothing(key) from None
-        return self._checked(key, data, sha256)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageDamaged(f"{self._place}: {key} is damaged: its {len(data)} bytes are not of SHA-256 {sha256}")
+        return data
 
     async def remove(self, *keys: str) -> None:
         """Delete what has some names, if anything has."""
-        with refused(self._place):
-            for key in keys:
-                try:
-                    await obstore.delete_async(self._store, key)
-                except FileNotFoundError:
-                    continue
+        for key in keys:
+            await self._do(self._remove, key)
 
     async def keys(self, prefix: str) -> list[str]:
         """Return the names below a prefix of whole segments, `checkpoints/4f1c` for instance, in order."""
-        with refused(self._place):
-            return sorted([found["path"] async for page in obstore.list(self._store, prefix) for found in page])
+        return sorted([found["path"] async for found in self._below(prefix)])
 
     async def remove_below(self, prefix: str) -> None:
         """Delete whatever has a name below a prefix."""
@@ -193,21 +175,41 @@ class Blobs:
     async def clean(self, older_than: datetime) -> None:
         """Remove what writers that were killed left half done in a folder before a time."""
         if self._folder:
-            with refused(self._place):
-                await asyncio.to_thread(_clean, self._folder, older_than)
+            await self._do(_clean, self._folder, older_than)
 
     async def list(self) -> AsyncIterator[Blob]:
         """Yield the blobs, in no order."""
-        with refused(self._place):
-            async for page in obstore.list(self._store, "blobs"):
-                for found in page:
-                    if SHA256.fullmatch(name := found["path"].rsplit("/", 1)[1]):
-                        yield Blob(name, found["size"], found["last_modified"].astimezone(UTC))
+        async for found in self._below("blobs"):
+            if SHA256.fullmatch(name := found["path"].rsplit("/", 1)[1]):
+                yield Blob(name, found["size"], found["last_modified"].astimezone(UTC))
 
-    def _checked(self, key: str, data: bytes, sha256: str) -> bytes:
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise StorageDamaged(f"{self._place}: {key} is damaged: its {len(data)} bytes are not of SHA-256 {sha256}")
-        return data
+    async def _do(self, work: Callable[..., T], *arguments: object) -> T:
+        with refused(self._place):
+            return await asyncio.get_running_loop().run_in_executor(THREADS, work, *arguments)
+
+    async def _below(self, prefix: str) -> AsyncIterator[ObjectMeta]:
+        pages = iter(await self._do(obstore.list, self._store, prefix))
+        while page := await self._do(next, pages, None):
+            for found in page:
+                yield found
+
+    def _read(self, key: str, start: int, length: int) -> bytes:
+        try:
+            end = min(start + length, obstore.head(self._store, key)["size"])
+            return bytes(obstore.get_range(self._store, key, start=start, end=end)) if start < end else b""
+        except FileNotFoundError:
+            raise _nothing(key) from None
+
+    def _remove(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
+
+    def _exists(self, key: str) -> bool:
+        try:
+            obstore.head(self._store, key)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def _key(sha256: str) -> str:
