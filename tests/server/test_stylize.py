@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from nst.v1 import image_pb2, job_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_model import StylizeOptions
-from nst_server import Server, convert
+from nst_server import Server, convert, services
 from tests.server.conftest import (
     FOREVER,
     STRICT_TIMEOUT_S,
@@ -387,9 +387,10 @@ async def test_a_slow_reader_skips_frames_and_nothing_else(caller: Caller, ask: 
 
 
 async def test_a_stalled_client_is_cut_off_and_costs_others_nothing(
-    strict: Caller, strict_server: Server, ask: Ask
+    strict: Caller, strict_server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its job goes on at full speed, until the write times out; then the job ends, and the call is UNAVAILABLE."""
+    monkeypatch.setattr(services, "STATUS_TIMEOUT_S", 1.5)
     client = strict
     preview = {"encoding": {"format": "IMAGE_FORMAT_PNG"}}
     call = client.jobs.Stylize(ask(content=noise(512, 512), preview=preview, **(FOREVER | {"size_px": 512})))

@@ -42,11 +42,12 @@ def postgresql() -> Iterator[Callable[..., None]]:
     folder = Path(tempfile.mkdtemp(prefix="nst-", dir="/tmp"))  # a socket's path is at most 107 bytes long
     if ROOT:
         shutil.chown(folder, "postgres")
-    who = {"user": "postgres"} if ROOT else {}
+    # Not subprocess's own `user`, which forks this process, and with it gRPC's threads.
+    prefix = ["runuser", "-u", "postgres", "--"] if ROOT else []
 
     def run(name: str, *arguments: str) -> None:
-        command = [postgresql_program(name), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **who)
+        command = [*prefix, postgresql_program(name), *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def sql(statement: str, database: str = "postgres") -> None:
