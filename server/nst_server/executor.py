@@ -102,6 +102,7 @@ class ProcessExecutor:
         self.memory_bytes = 0
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._gone = asyncio.Event()
         self._running: _Running | None = None
         self._ready: asyncio.Future[None] | None = None
         self._closing = False
@@ -123,6 +124,7 @@ class ProcessExecutor:
         with theirs:
             process.start()  # takes some milliseconds
         self._process, self._connection = process, ours
+        self._gone.clear()
         threading.Thread(target=self._read, args=(ours, process, loop), daemon=True, name="worker-reader").start()
         await self._ready
 
@@ -159,18 +161,18 @@ class ProcessExecutor:
         if self._replacing is not None:
             self._replacing.cancel()
             await asyncio.wait([self._replacing])
-        if (process := self._process) is None:
-            return
-        if self._ready is not None and self._ready.done() and not self._ready.cancelled():
+        if self._process is not None and self._ready is not None and self._ready.done() and not self._ready.cancelled():
             self._send(messages.Shutdown())
-            await asyncio.to_thread(process.join, KILL_AFTER_S)
-        process.kill()
-        await asyncio.to_thread(process.join)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), KILL_AFTER_S)
+        if self._process is not None:
+            self._process.kill()
+            await self._gone.wait()
 
     def _send(self, message: Task | Order | messages.Shutdown) -> None:
-        assert self._connection is not None
-        with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
-            self._connection.send(message)
+        if (connection := self._connection) is not None:
+            with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
+                connection.send(message)
 
     def _read(self, connection: Connection, process: BaseProcess, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -181,7 +183,7 @@ class ProcessExecutor:
                     break
                 loop.call_soon_threadsafe(self._received, message)
             process.join()
-            loop.call_soon_threadsafe(self._died, process)
+            loop.call_soon_threadsafe(self._died, process, _exit_description(process.exitcode))
 
     def _received(self, message: Message) -> None:
         match message:
@@ -199,10 +201,11 @@ class ProcessExecutor:
                 if self._running is not None and self._running.task.id == message.id:
                     self._running.report(message)
 
-    def _died(self, process: BaseProcess) -> None:
-        if process is not self._process:
+    def _died(self, process: BaseProcess, how: str) -> None:
+        if process is not self._process:  # one that refused, and has a successor already
             return
-        how = _exit_description(process.exitcode)
+        self._process = self._connection = None  # and so their files are closed
+        self._gone.set()
         starting = self._ready is not None and not self._ready.done()
         self._settle_ready(ExecutorUnavailable(f"the worker process on {self.device} ended while starting: {how}"))
         if self._running is not None and not self._running.ending.done():
