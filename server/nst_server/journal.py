@@ -17,6 +17,9 @@ log = structlog.get_logger()
 RETRY_S = 1.0
 """How long the journal waits before it tries again to write to a store that takes nothing."""
 
+AT_ONCE = 1000
+"""Batches in one transaction."""
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -65,7 +68,7 @@ class Journal:
             await self._work.wait()
             self._work.clear()
             while self._entries:
-                entries = list(self._entries)
+                entries = self._entries[:AT_ONCE]
                 try:
                     failures = iter(await self._store.append_many([entry.batch for entry in entries if entry.batch]))
                 except RequestError as error:

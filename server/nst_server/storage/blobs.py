@@ -115,21 +115,20 @@ class Blobs:
         """Delete the bytes of a hash, if they are here."""
         await self.remove(_key(sha256))
 
-    async def write(self, key: str, data: bytes) -> str:
-        """Keep bytes by a name, in place of what had it, and return their SHA-256."""
-        return await self._do(self.write_now, key, data)
+    async def write(self, key: str, data: bytes) -> None:
+        """Keep bytes by a name, in place of what had it."""
+        await self._do(self.write_now, key, data)
 
     async def fetch(self, key: str, sha256: str = "") -> bytes:
         """Return the bytes of a name. Raises NotFound, StorageDamaged if they are not of the given SHA-256."""
         return await self._do(self.fetch_now, key, sha256)
 
-    def write_now(self, key: str, data: bytes) -> str:
+    def write_now(self, key: str, data: bytes) -> None:
         """Do what `write` does, and block."""
         with refused(self._place):
             obstore.put(self._store, key, data)
             if self._folder:
                 _settle(self._folder, key)
-        return hashlib.sha256(data).hexdigest()
 
     def fetch_now(self, key: str, sha256: str = "") -> bytes:
         """Do what `fetch` does, and block."""

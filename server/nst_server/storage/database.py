@@ -18,7 +18,22 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Select, Update, and_, delete, event, exists, false, func, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    event,
+    exists,
+    false,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError
@@ -26,8 +41,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.util import await_only
 
-from nst_server.errors import JobEnded, NotFound, RequestIdReused, StorageDamaged
-from nst_server.storage.faults import LeaseLost, OutOfSequence, SchemaNewer, refusal, refused
+from nst_server.errors import (
+    JobEnded,
+    NotFound,
+    RequestIdReused,
+    StorageDamaged,
+    StorageFull,
+    StorageReadOnly,
+    StorageUnavailable,
+)
+from nst_server.storage.faults import LeaseLost, OutOfSequence, SchemaNewer, refused
 from nst_server.storage.records import (
     ENDED,
     PROGRESS,
@@ -123,7 +146,9 @@ class JobStore:
 
         def work(connection: Connection) -> JobRecord:
             connection.execute(insert(jobs), asdict(job))
-            _append(connection, Batch(job.id, events, images=images))
+            (failure,) = _append(connection, [Batch(job.id, events, images=images)])
+            if failure:
+                raise failure
             return _get(connection, job.id)
 
         try:
@@ -224,39 +249,20 @@ class JobStore:
             raise failure
 
     async def append_many(self, batches: Sequence[Batch]) -> list[Exception | None]:
-        """Do what `append` does for many jobs at the cost of one; return for each why it was not done.
+        """Do what `append` does for many jobs at the cost of one; return for each batch why it was not done.
 
-        Damage that one job meets is that job's: SQLite refuses every write of a transaction that has met some, also
-        after a savepoint, so that each job then gets a transaction of its own.
+        What one job alone is to blame for, damage for instance, is that job's: each then gets a transaction of its own.
         """
         if not batches:
             return []
         try:
-            return await self._write(partial(self._append_each, batches=batches))
-        except StorageDamaged:
-            failures: list[Exception | None] = []
-            for batch in batches:
-                try:
-                    failures += await self._write(partial(self._append_each, batches=[batch]))
-                except StorageDamaged as error:
-                    failures.append(error)
-            return failures
-
-    def _append_each(self, connection: Connection, batches: Sequence[Batch]) -> list[Exception | None]:
-        failures: list[Exception | None] = [None] * len(batches)
-        # Whoever locks several jobs locks them in the same order.
-        for index in sorted(range(len(batches)), key=lambda index: batches[index].id):
-            savepoint = connection.begin_nested()
-            try:
-                _append(connection, batches[index])
-            except Exception as error:
-                if refusal(error, self._place):  # the storage failed, and with it the transaction
-                    raise
-                savepoint.rollback()
-                failures[index] = error
-            else:
-                savepoint.commit()
-        return failures
+            return await self._write(partial(_append, batches=batches))
+        except (StorageFull, StorageReadOnly, StorageUnavailable):
+            raise
+        except Exception as error:
+            if len(batches) == 1:
+                return [error]
+            return [failure for batch in batches for failure in await self.append_many([batch])]
 
     async def events(self, id: str, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Return the events of a job after a number, in order; those of progress are gone up to `compacted`."""
@@ -447,51 +453,76 @@ class JobStore:
         return await self._read(lambda connection: _jobs(connection, query))
 
 
-def _append(connection: Connection, batch: Batch) -> None:
-    changes: dict[str, Any] = {"sequence": jobs.c.sequence} | dict(batch.changes)
-    allowed = [jobs.c.id == batch.id]
-    if batch.events:
-        first = batch.events[0].sequence
-        if any(event.sequence != number for number, event in enumerate(batch.events, first)):
-            raise OutOfSequence(f"the events of job {batch.id!r} have gaps: {[e.sequence for e in batch.events]}")
-        changes["sequence"] = batch.events[-1].sequence
-        allowed.append(jobs.c.sequence == first - 1)
-    if batch.fence:
-        allowed += [jobs.c.owner == batch.fence.owner, jobs.c.attempt == batch.fence.attempt]
-    if _moves(batch):
-        allowed.append(jobs.c.state.not_in(ENDED))
-    if changes.get("state") in ENDED:
-        changes |= {"owner": "", "lease_until": None}
-    if not connection.execute(update(jobs).where(*allowed).values(changes)).rowcount:
-        raise _hindrance(_get(connection, batch.id), batch)
-    if batch.events:
-        connection.execute(insert(events), [{"job": batch.id} | asdict(event) for event in batch.events])
-    if batch.images:
-        _hold(connection, batch.id, set(batch.images))
+def _append(connection: Connection, batches: Sequence[Batch]) -> list[Exception | None]:
+    """Write what can be; a handful of statements, however many batches there are."""
+    columns = (jobs.c.id, jobs.c.state, jobs.c.sequence, jobs.c.owner, jobs.c.attempt)
+    # Whoever locks several jobs locks them in the same order.
+    asked = select(*columns).where(jobs.c.id.in_({batch.id for batch in batches})).order_by(jobs.c.id).with_for_update()
+    found = {row.id: dict(row._mapping) for row in connection.execute(asked)}
+    there = _use(connection, {sha256 for batch in batches for sha256 in batch.images})
+    changed: dict[str, dict[str, Any]] = {}
+    told, held = [], set()
+    failures = []
+    for batch in batches:
+        failure = _hindrance(found.get(batch.id), batch, there)
+        failures.append(failure)
+        if failure:
+            continue
+        changes = dict(batch.changes)
+        if batch.events:
+            changes["sequence"] = batch.events[-1].sequence
+        if changes.get("state") in ENDED:
+            changes |= {"owner": "", "lease_until": None}
+        found[batch.id] |= changes
+        changed.setdefault(batch.id, {}).update(changes)
+        told += [{"job": batch.id} | asdict(event) for event in batch.events]
+        held |= {(batch.id, sha256) for sha256 in batch.images}
+
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for id, changes in changed.items():
+        if changes:
+            alike.setdefault(tuple(sorted(changes)), []).append({"this": id} | changes)
+    for rows in alike.values():
+        connection.execute(update(jobs).where(jobs.c.id == bindparam("this")), rows)
+    if told:
+        connection.execute(insert(events), told)
+    if held:
+        _hold(connection, held)
+    return failures
 
 
-def _moves(batch: Batch) -> bool:
-    """Return whether a batch is something that cannot follow a job's end."""
-    return bool(batch.events) or "state" in batch.changes
+def _hindrance(job: dict[str, Any] | None, batch: Batch, there: Collection[str]) -> Exception | None:
+    """Return why a batch does not fit a job, of which the columns are given, and the images that are there."""
+    if job is None:
+        return _no_job(batch.id)
+    if unknown := batch.changes.keys() - jobs.c.keys():
+        raise KeyError(f"jobs have no column {min(unknown)!r}")
+    if job["state"] in ENDED and (batch.events or "state" in batch.changes):
+        return JobEnded(f"the job {batch.id!r} has {job['state']} and changes no more")
+    if batch.fence and batch.fence != (job["owner"], job["attempt"]):
+        holder = f"{job['owner'] or 'nobody'} has attempt {job['attempt']}"
+        return LeaseLost(f"{batch.fence.owner} lost attempt {batch.fence.attempt} of job {batch.id!r}; {holder}")
+    numbers = [event.sequence for event in batch.events]
+    if numbers != list(range(job["sequence"] + 1, job["sequence"] + 1 + len(numbers))):
+        return OutOfSequence(f"the next event of job {batch.id!r} is {job['sequence'] + 1}; these are {numbers}")
+    if missing := set(batch.images) - set(there):
+        return _no_image(min(missing))
+    return None
 
 
-def _hindrance(job: JobRecord, batch: Batch) -> Exception:
-    """Return why a batch does not fit a job."""
-    if job.state in ENDED and _moves(batch):
-        return JobEnded(f"the job {job.id!r} has {job.state} and changes no more")
-    if batch.fence and batch.fence != (job.owner, job.attempt):
-        holder = f"{job.owner} has attempt {job.attempt}" if job.owner else f"nobody has attempt {job.attempt}"
-        return LeaseLost(f"{batch.fence.owner} lost attempt {batch.fence.attempt} of job {job.id!r}; {holder}")
-    return OutOfSequence(f"the next event of job {job.id!r} is {job.sequence + 1}, not {batch.events[0].sequence}")
-
-
-def _hold(connection: Connection, id: str, sha256s: set[str]) -> None:
+def _use(connection: Connection, sha256s: Collection[str]) -> set[str]:
+    """Keep images from being collected for a while; return those that are there."""
+    if not sha256s:
+        return set()
     used = update(images).where(images.c.sha256.in_(sha256s)).values(last_used=datetime.now(UTC))
-    missing = sha256s - set(connection.scalars(used.returning(images.c.sha256)))
-    if missing:
-        raise NotFound("images", f"there is no image {min(missing)!r}")
-    held = set(connection.scalars(select(job_images.c.sha256).where(job_images.c.job == id)))
-    if new := [{"job": id, "sha256": sha256} for sha256 in sorted(sha256s - held)]:
+    return set(connection.scalars(used.returning(images.c.sha256)))
+
+
+def _hold(connection: Connection, pairs: Collection[tuple[str, str]]) -> None:
+    """Let jobs hold images: pairs of their names."""
+    query = select(job_images.c.job, job_images.c.sha256).where(job_images.c.job.in_({id for id, _ in pairs}))
+    known = {(id, sha256) for id, sha256 in connection.execute(query)}
+    if new := [{"job": id, "sha256": sha256} for id, sha256 in sorted(set(pairs) - known)]:
         connection.execute(insert(job_images), new)
 
 
@@ -508,6 +539,10 @@ def _jobs(connection: Connection, query: Select[Any]) -> list[JobRecord]:
 
 def _no_job(id: str) -> NotFound:
     return NotFound("name", f"there is no job {id!r}")
+
+
+def _no_image(sha256: str) -> NotFound:
+    return NotFound("images", f"there is no image {sha256!r}")
 
 
 def _loose(older_than: datetime) -> Any:

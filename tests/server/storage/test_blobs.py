@@ -88,8 +88,9 @@ async def test_what_is_not_there_is_not_found(blobs: Blobs) -> None:
 
 async def test_a_named_object_is_replaced(blobs: Blobs) -> None:
     """By another process without an event loop as well; its hash is checked if it is given."""
-    first = await blobs.write("checkpoints/a", b"first")
-    second = blobs.write_now("checkpoints/a", b"second")
+    first, second = (hashlib.sha256(data).hexdigest() for data in (b"first", b"second"))
+    await blobs.write("checkpoints/a", b"first")
+    blobs.write_now("checkpoints/a", b"second")
 
     assert await blobs.fetch("checkpoints/a", second) == blobs.fetch_now("checkpoints/a") == b"second"
     with pytest.raises(StorageDamaged, match="checkpoints/a is damaged: its 6 bytes"):

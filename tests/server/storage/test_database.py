@@ -289,7 +289,7 @@ async def test_events_are_numbered_without_gaps(store: JobStore) -> None:
         [*events(3, 3), *events(5, 5)],
         [*events(3, 3), *events(3, 3)],
     ):
-        with pytest.raises(OutOfSequence, match=r"the next event of job 'a' is 3|have gaps"):
+        with pytest.raises(OutOfSequence, match="the next event of job 'a' is 3; these are"):
             await store.append("a", None, wrong, {"device": "cpu"})
     with pytest.raises(OutOfSequence):
         await store.create(job("b"), events(2, 2))
