@@ -50,9 +50,9 @@ def checkpoint(size_px: int, iterations: int) -> str:
     copy_s, write_s, cost_s = (statistics.median(each) for each in (copies, writes, costs))
     every_s = max(CHECKPOINT_INTERVAL_S, SELDOM * cost_s)
     return (
-        f"| checkpoint at {size_px} px, history {iterations}: size; copy, in the optimizer's way; all, beside it, of which "
-        f"processor time; so one is made every; the copy's share of an iteration's time; that of all "
-        f"| {size / 2**20:.0f} MiB; {1000 * copy_s:.0f} ms; {write_s:.2f} s, {cost_s:.2f} s; {every_s:.0f} s; "
+        f"| checkpoint at {size_px} px, history {iterations}: size; copy, in the optimizer's way; all, beside it; its "
+        f"processor time; so one is made every; the copy's share of that time; that of all "
+        f"| {size / 2**20:.0f} MiB; {1000 * copy_s:.0f} ms; {write_s:.2f} s; {cost_s:.2f} s; {every_s:.0f} s; "
         f"{copy_s / every_s:.2%}; {cost_s / every_s:.2%} |"
     )
 
