@@ -29,7 +29,7 @@ TINY_WIDTHS = (4, 6, 8, 8, 8)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the tests' own options."""
-    parser.addoption("--soak-minutes", type=float, default=0.6, help="how long tests/faults/test_soak.py goes on")
+    parser.addoption("--soak-minutes", type=float, default=2, help="how long tests/faults/test_soak.py goes on")
 
 
 def random_state(architecture: Architecture, widths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
