@@ -16,7 +16,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ from nst_model.cache import cached_file, published_sha256
 from nst_model.memory import largest_size_px, peak_bytes
 from nst_model.options import plain, steered
 from nst_server import images
-from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, NotFound, RequestError
+from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
 from nst_server.frames import PreviewSpec
 from nst_server.gram_cache import GramCache
 from nst_server.images import Encoding, ImageFormat
@@ -58,6 +58,9 @@ FLUSH_S = 5.0
 
 UPDATE, CANCEL = "update", "cancel"
 """What one server may want of another: a JobUpdate, or an end."""
+
+EVERYBODY = ""
+"""Whose the jobs and images are: all callers see all of them."""
 
 NO_PREVIEW = PreviewSpec(0, images.MIN_EDGE_PX, Encoding(ImageFormat.JPEG, 1))
 
@@ -118,19 +121,20 @@ class Application:
     async def create_job(self, request: JobRequest, caller: str = "", *, owned: bool = False) -> Job:
         """Check a request for which a place is held, and queue its job; return the one it made if it came before.
 
+        The jobs that wait of each `caller` take turns with those of others.
         Who is cancelled while the job is being stored leaves it to go on, or, if it is `owned`, to be cancelled.
         Raises RequestError, having started nothing.
         """
         request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
         described, files = request.stored()
         sha256 = fingerprint(described)
-        if request.request_id and (there := await self._ledger.find(caller, request.request_id, sha256)):
+        if request.request_id and (there := await self._ledger.find(EVERYBODY, request.request_id, sha256)):
             return await self._known(there)
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
         for name, data in files.items():
             kind = await self._decode(images.kind_of, data)
-            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name, caller=caller)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name)
         if self.scheduler.stopping:
             raise STOPPING
         job = Job(snapshot, self._ledger, spec, caller=caller)
@@ -144,7 +148,7 @@ class Application:
 
     async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> Job:
         """Store a new job and queue it; return it, or the one that is there for its `request_id`."""
-        record, new = await self._ledger.create(job.now, request, sha256, images, job.caller)
+        record, new = await self._ledger.create(job.now, request, sha256, images, EVERYBODY)
         if not new:
             return self._ledger.job(record)
         if self.scheduler.stopping:  # the next server has it
@@ -164,21 +168,22 @@ class Application:
         name = f"jobs/{name.removeprefix('jobs/')}"
         return self._jobs.get(name) or await self._known(await self._ledger.get(name))
 
-    async def list_jobs(
-        self, caller: str, states: Sequence[JobState], page_size: int, page_token: str
-    ) -> tuple[list[Job], str]:
-        """Return a page of a caller's jobs, the newest first, and the token of the next. Raises InvalidField."""
-        jobs = await self._ledger.page(caller, states, page_size + 1, _job_token(page_token))
+    async def list_jobs(self, states: Sequence[JobState], page_size: int, page_token: str) -> tuple[list[Job], str]:
+        """Return a page of the jobs, the newest first, and the token of the next. Raises InvalidField."""
+        jobs = await self._ledger.page(EVERYBODY, states, page_size + 1, _job_token(page_token))
         more = jobs[page_size:]
         page = [self._jobs.get(job.name, job) for job in jobs[:page_size]]
         return page, _token(f"{page[-1].now.create_time.isoformat()} {page[-1].name}") if more else ""
 
     async def update_job(self, name: str, update: JobUpdate) -> Job:
-        """Change a job. Raises NotFound, JobEnded, InvalidField."""
+        """Change a job, and return when that is so, and durable: a worker obeys after the evaluation that it is at.
+
+        Raises NotFound, JobEnded, InvalidField, QueueFull, Stopping.
+        """
         job = await self.get_job(name)
         if job.state.terminal:
             raise JobEnded(f"{job.name} is {job.state} and changes no more")
-        options = job.now.options
+        options = self.scheduler.options(job)
         if update.changes:
             try:
                 options = steered(options, update.changes)
@@ -188,13 +193,20 @@ class Application:
         if job.elsewhere:
             await self._ledger.command(job, {UPDATE: dataclasses.asdict(update)})
             return job
-        if update.changes:
-            self.scheduler.steer(job, options, update.changes)
-        if update.finish:
+        if update.finish:  # first what may be refused
             self.scheduler.finish(job)
-        elif update.paused is not None:
-            (self.scheduler.pause if update.paused else self.scheduler.resume)(job)
+        elif update.paused is False:
+            self.scheduler.resume(job)
+        done = []
+        if update.changes:
+            done.append(self.scheduler.steer(job, options, update.changes))
+        if update.paused and not update.finish:
+            done.append(self.scheduler.pause(job))
+        for wait in done:
+            if wait is not None:
+                await asyncio.shield(wait)
         await self._ledger.journal.flush()
+        job.check()
         return job
 
     async def cancel_job(self, name: str) -> Job:
@@ -208,6 +220,7 @@ class Application:
             return await self.get_job(name)
         self.scheduler.cancel(job)
         await job.ended()
+        job.check()
         return job
 
     async def delete_job(self, name: str) -> None:
@@ -273,11 +286,19 @@ class Application:
         while True:
             await asyncio.sleep(TEND_S)
             try:
-                for name, command in (await self._ledger.renew()).items():
-                    await self._obey(name, command)
+                here = list(self._jobs.values())
+                held = await self._ledger.renew()
+                for job in here:
+                    if job.name not in held and not job.state.terminal:
+                        job.lost(Moved(f"{job.name} has been taken over by another server"))
+                for name, command in held.items():
+                    if command is not None:
+                        self._begin(self._obey(name, command))
                 await self._claim(alone=False)
             except RequestError as error:
                 log.error("leases not renewed", error=str(error))
+            except Exception:  # without leases everything here would be another server's soon
+                log.exception("leases not renewed")
 
     async def _obey(self, name: str, command: Mapping[str, Any]) -> None:
         if (job := self._jobs.get(name)) is None:
@@ -584,6 +605,6 @@ def _job_token(page_token: str) -> tuple[datetime, str] | None:
         return None
     time, _, name = last.partition(" ")
     try:
-        return datetime.fromisoformat(time), name.removeprefix("jobs/")
-    except ValueError as error:
+        return datetime.fromisoformat(time).astimezone(UTC), name.removeprefix("jobs/")
+    except (ValueError, OverflowError) as error:
         raise InvalidField("page_token", NO_TOKEN) from error

@@ -57,6 +57,7 @@ def snapshot_from_record(record: JobRecord) -> JobSnapshot:
         attempt=record.attempt,
         sequence=record.sequence,
         request_id=record.request_id,
+        finishing=record.finishing,
     )
 
 
@@ -72,6 +73,7 @@ def columns(snapshot: JobSnapshot) -> dict[str, Any]:
         "progress": None if snapshot.progress is None else dataclasses.asdict(snapshot.progress),
         "error": None if snapshot.error is None else dataclasses.asdict(snapshot.error),
         "result": None if snapshot.result is None else dataclasses.asdict(snapshot.result),
+        "finishing": snapshot.finishing,
     }
 
 

@@ -139,10 +139,11 @@ class ProcessExecutor:
         ending = asyncio.get_running_loop().create_future()
         self._running = running = _Running(task, report, ending, orders=list(orders))
         try:
-            await asyncio.to_thread(self._send, task)
+            await self.ready()  # the process may have died since somebody asked
+            await asyncio.to_thread(self._send, task, self._connection)
             running.sent = True
             for order in running.orders:
-                self._send(order)
+                self._send(order, self._connection)
             return await asyncio.shield(ending)
         finally:
             self._running = None
@@ -151,7 +152,7 @@ class ProcessExecutor:
         """Pass an order on; see Executor."""
         if self._running is not None and self._running.task.id == order.id:
             if self._running.sent:
-                self._send(order)
+                self._send(order, self._connection)
             else:
                 self._running.orders.append(order)
 
@@ -162,15 +163,15 @@ class ProcessExecutor:
             self._replacing.cancel()
             await asyncio.wait([self._replacing])
         if self._process is not None and self._ready is not None and self._ready.done() and not self._ready.cancelled():
-            self._send(messages.Shutdown())
+            self._send(messages.Shutdown(), self._connection)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._gone.wait(), KILL_AFTER_S)
         if self._process is not None:
             self._process.kill()
             await self._gone.wait()
 
-    def _send(self, message: Task | Order | messages.Shutdown) -> None:
-        if (connection := self._connection) is not None:
+    def _send(self, message: Task | Order | messages.Shutdown, connection: Connection | None) -> None:
+        if connection is not None:
             with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
                 connection.send(message)
 
@@ -220,7 +221,7 @@ class ProcessExecutor:
         while not self._closing:
             try:
                 await self.start()
-            except (ExecutorUnavailable, OSError) as error:
+            except Exception as error:  # whatever it is, a device without a worker must get one
                 log.error("worker cannot be replaced yet", device=self.device, error=str(error), retry_s=backoff_s)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from nst_server.messages import Pictured
 
 log = structlog.get_logger()
+
+MAX_AHEAD_BYTES = 256 * 2**20
+"""Pictures that wait to be encoded for one watcher of every frame, before some are left out."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Picture:
 
     def __init__(self, pictured: Pictured, width: int, height: int, alpha: Mask | None) -> None:
         self.iteration = pictured.iteration
+        self.bytes = pictured.pixels.nbytes
         self._size = (width, height)  # of the finished picture: those of coarser scales are shown as large
         self._pixels = pictured.pixels
         self._alpha = alpha
@@ -118,7 +123,7 @@ class Newest:
 class Spooled:
     """Every picture that is due, encoded as it comes and kept in a file until it is read.
 
-    What cannot be encoded or kept, on a full disk for instance, is left out and counted.
+    What cannot be encoded as fast as it comes, or kept, on a full disk for instance, is left out and counted.
 
     Args:
         file: empty, readable and writable; closed at the end.
@@ -134,6 +139,7 @@ class Spooled:
         self._kept: collections.deque[tuple[EncodedImage, int, int, int, int]] = collections.deque()
         self._skipped = 0
         self._end = 0
+        self._ahead_bytes = 0
         self._using = threading.Lock()
         self._task = asyncio.create_task(self._spool())
 
@@ -142,6 +148,10 @@ class Spooled:
         if _is_due(picture, self._preview) and picture.iteration > self._last:
             self._skipped += (picture.iteration - self._last) // self._preview.interval - 1 if self._last >= 0 else 0
             self._last = picture.iteration
+            if self._ahead_bytes > MAX_AHEAD_BYTES:
+                self._skipped += 1
+                return
+            self._ahead_bytes += picture.bytes
             self._coming.put_nowait(picture)
 
     async def due(self, told: int, *, ending: bool = False) -> Frame | None:
@@ -151,14 +161,21 @@ class Spooled:
         if not self._kept or self._kept[0][1] > told:
             return None
         image, iteration, skipped, start, length = self._kept[0]
-        data = await asyncio.to_thread(self._read, start, length)
+        try:
+            data = await asyncio.to_thread(self._read, start, length)
+        except OSError as error:
+            log.warning("frame not read", iteration=iteration, error=str(error))
+            self._kept.popleft()
+            self._skipped += 1 + skipped
+            return None
         self._kept.popleft()
         return Frame(EncodedImage(data, image.format, image.width, image.height), iteration, skipped)
 
     def close(self) -> None:
         """Drop the file; see Frames."""
         self._task.cancel()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     async def _spool(self) -> None:
         while True:
@@ -167,7 +184,7 @@ class Spooled:
                 image = await picture.encoded(self._preview)
                 start = self._end if self._kept else 0  # once all is read the file's space is used again
                 await asyncio.to_thread(self._write, start, image.data)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the stream goes on without that frame
                 self._skipped += 1
                 log.warning("frame not kept", iteration=picture.iteration, error=str(error))
             else:
@@ -175,14 +192,16 @@ class Spooled:
                 self._end = start + len(image.data)
                 self._kept.append((bare, picture.iteration, self._skipped, start, len(image.data)))
                 self._skipped = 0
+            self._ahead_bytes -= picture.bytes
             self._coming.task_done()
             self._wake()
 
     def _write(self, start: int, data: bytes) -> None:
         with self._using:
             self._file.seek(start)
-            self._file.write(data)
-            self._file.flush()
+            left = memoryview(data)
+            while left:  # nothing is buffered: what a full disk refuses must not come up later
+                left = left[self._file.write(left) :]
 
     def _read(self, start: int, length: int) -> bytes:
         with self._using:

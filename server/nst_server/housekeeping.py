@@ -46,6 +46,8 @@ class Housekeeper:
                 await self.sweep(datetime.now(UTC))
             except RequestError as error:
                 log.error("not swept", error=str(error))
+            except Exception:  # without sweeping the disk would be full some day
+                log.exception("not swept")
             await asyncio.sleep(SWEEP_S)
 
     async def sweep(self, now: datetime) -> None:

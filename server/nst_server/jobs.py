@@ -81,7 +81,11 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class JobSnapshot:
-    """A job at one moment; see the contract's Job."""
+    """A job at one moment; see the contract's Job.
+
+    Attributes:
+        finishing: whether its caller said that the best picture so far is enough.
+    """
 
     name: str
     state: JobState
@@ -101,6 +105,7 @@ class JobSnapshot:
     attempt: int = 0
     sequence: int = 0
     request_id: str = ""
+    finishing: bool = False
 
     @classmethod
     def queued(cls, spec: JobSpec, request_id: str = "", queue_position: int = 0) -> JobSnapshot:
@@ -210,7 +215,7 @@ class Job:
         alpha: of the result and its previews.
 
     Attributes:
-        finishing: whether its caller said that the best picture so far is enough.
+        caller: whose turn in the queue it takes; not stored.
         checkpoint: where a worker can go on from.
         elsewhere: whether another server has the job: then the archive tells what happens to it.
         every_frame: whether somebody wants each picture that is due, and not just the newest.
@@ -222,7 +227,6 @@ class Job:
         self.name = snapshot.name
         self.caller = caller
         self.spec = spec
-        self.finishing = False
         self.checkpoint: Checkpoint | None = None
         self.elsewhere = False
         self.every_frame = False
@@ -281,6 +285,11 @@ class Job:
         self._now = replace(self._now, options=options)
         self._append(StateChanged(self._now))
 
+    def finishing(self) -> None:
+        """Note that the best picture so far is enough for its caller."""
+        self._now = replace(self._now, finishing=True)
+        self._append(StateChanged(self._now))
+
     def succeeded(self, result: StoredResult) -> None:
         """End the job with a result, whose file is in the archive."""
         self._now = replace(self._now, result=result)
@@ -319,6 +328,11 @@ class Job:
         """Note why nothing more will be heard of the job here."""
         self._lost = error
         self._wake()
+
+    def check(self) -> None:
+        """Raise why nothing more will be heard of the job here, unless it has ended."""
+        if self._lost is not None and not self._shown.state.terminal:
+            raise self._lost
 
     async def ended(self) -> None:
         """Wait until the job has ended, and that is durable, or nothing more will be heard of it here."""

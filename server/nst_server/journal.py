@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 
-from nst_server.errors import RequestError
+from nst_server.errors import RequestError, StorageFull, StorageUnavailable
 from nst_server.storage.database import JobStore
 from nst_server.storage.records import Batch
 
@@ -19,6 +20,21 @@ RETRY_S = 1.0
 
 AT_ONCE = 1000
 """Batches in one transaction."""
+
+T = TypeVar("T")
+
+
+async def patiently(work: Callable[[], Awaitable[T]], otherwise: str) -> T:
+    """Return what the work does, tried again for as long as the storage takes nothing: that is nobody's fault.
+
+    `otherwise` is what the log says each time.
+    """
+    while True:
+        try:
+            return await work()
+        except (StorageFull, StorageUnavailable) as error:
+            log.error(f"{otherwise} yet", error=str(error))
+            await asyncio.sleep(RETRY_S)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import io
 import tempfile
@@ -21,11 +22,9 @@ from nst_server.errors import (
     RequestError,
     RequestIdReused,
     StorageDamaged,
-    StorageFull,
-    StorageUnavailable,
 )
 from nst_server.jobs import Event, Job, JobSnapshot, JobState
-from nst_server.journal import RETRY_S, Journal
+from nst_server.journal import Journal, patiently
 from nst_server.messages import Checkpoint
 from nst_server.requests import JobRequest
 from nst_server.storage.blobs import Blobs
@@ -89,7 +88,10 @@ class Ledger:
 
     async def file(self, sha256: str) -> bytes:
         """Return a result's file; see `jobs.Archive`."""
-        return await self.blobs.get(sha256)
+        try:
+            return await self.blobs.get(sha256)
+        except NotFound as error:
+            raise StorageDamaged(f"the result images/{sha256} is not stored any more") from error
 
     def spool(self) -> BinaryIO:
         """Return an empty file that is gone when it is closed; see `jobs.Archive`."""
@@ -97,7 +99,7 @@ class Ledger:
             return io.BytesIO()
         with refused(f"the folder {self._spool}"):
             self._spool.mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryFile(dir=self._spool)
+            return tempfile.TemporaryFile(dir=self._spool, buffering=0)
 
     async def create(
         self, snapshot: JobSnapshot, request: dict[str, Any], request_sha256: str, images: Sequence[str], caller: str
@@ -121,7 +123,7 @@ class Ledger:
 
     def job(self, record: JobRecord) -> Job:
         """Return a job as it is stored."""
-        job = Job(archive.snapshot_from_record(record), self, caller=record.caller)
+        job = Job(archive.snapshot_from_record(record), self)
         job.checkpoint = archive.checkpoint_from_json(record.checkpoint)
         job.elsewhere = record.owner != self.owner
         return job
@@ -155,9 +157,8 @@ class Ledger:
         return [self.job(record) for record in found]
 
     async def renew(self) -> dict[str, Any]:
-        """Prolong the leases of this server's jobs; return the commands that other servers left for them, by name."""
-        held = await self.store.renew(self.owner, _in(LEASE_S))
-        return {f"jobs/{id}": command for id, command in held.items() if command is not None}
+        """Prolong the leases of this server's jobs; return their names, each with the command left for it, if any."""
+        return {f"jobs/{id}": command for id, command in (await self.store.renew(self.owner, _in(LEASE_S))).items()}
 
     async def command(self, job: Job, command: dict[str, Any]) -> None:
         """Leave a command for the server that has a job. Raises Moved if it cannot be left now."""
@@ -184,13 +185,8 @@ class Ledger:
     async def attempt(self, job: Job) -> bool:
         """Begin the next attempt at a queued job; return False if this server has it no more."""
         await self.journal.flush()
-        while True:
-            try:
-                record = await self.store.attempt(_id(job.name), self.owner)
-                break
-            except (StorageFull, StorageUnavailable) as error:  # which is no fault of the job
-                log.error("job cannot begin yet", job=job.name, error=str(error))
-                await asyncio.sleep(RETRY_S)
+        begin = functools.partial(self.store.attempt, _id(job.name), self.owner)
+        record = await patiently(begin, f"{job.name} cannot begin")
         if record is None:
             job.lost(Moved(f"{job.name} has been taken over by another server"))
             return False
@@ -221,9 +217,15 @@ class Ledger:
         self.journal.add(Batch(_id(job.name), (), changes, (), self._fence(job)), settled)
 
     def drop_checkpoints(self, job: Job) -> None:
-        """Remove all that was kept of a job on the way."""
+        """Remove all that was kept of a job on the way once it is durable that it has ended."""
         job.checkpoint = None
-        self._later(self.blobs.remove_below(f"checkpoints/{_id(job.name)}/"))
+
+        async def drop() -> None:
+            await job.ended()
+            if not job.gone:  # else they are another server's
+                await self.blobs.remove_below(f"checkpoints/{_id(job.name)}/")
+
+        self._later(drop())
 
     def _fence(self, job: Job) -> Fence:
         return Fence(self.owner, job.now.attempt)

@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import re
 import uuid
+import weakref
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from nst_server import images
@@ -41,6 +42,7 @@ class Library:
         self._ledger = ledger
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def create(self, total_bytes: int, sha256: str, caller: str = "") -> Upload:
         """Begin an upload; one of an image that is here is complete at once."""
@@ -50,10 +52,11 @@ class Library:
         if sha256 and not SHA256.fullmatch(sha256):
             raise InvalidField("sha256", f"must be 64 hexadecimal digits, not {sha256[:80]!r}")
         upload = UploadRecord(uuid.uuid4().hex, caller, total_bytes, sha256, datetime.now(UTC))
-        if sha256 and await self._here(sha256, total_bytes):
-            return Upload(upload.id, total_bytes, total_bytes, sha256)
+        here = bool(sha256) and await self._here(sha256, total_bytes)
+        if here:
+            upload = replace(upload, received=total_bytes)
         await self._ledger.store.add_upload(upload)
-        return Upload(upload.id, total_bytes, 0)
+        return Upload(upload.id, total_bytes, upload.received, sha256 if here else "")
 
     async def get(self, name: str) -> Upload:
         """Return how far an upload has come."""
@@ -64,6 +67,10 @@ class Library:
 
     async def write(self, name: str, offset: int, data: bytes) -> Upload:
         """Add a part; with the last one the whole becomes an image."""
+        async with self._turns.setdefault(name, asyncio.Lock()):
+            return await self._write(name, offset, data)
+
+    async def _write(self, name: str, offset: int, data: bytes) -> Upload:
         store, blobs = self._ledger.store, self._ledger.blobs
         record = await store.upload(_id(name))
         end = offset + len(data)
@@ -96,10 +103,15 @@ class Library:
             offset += len(data)
 
     async def _complete(self, record: UploadRecord) -> Upload:
-        data = await self._ledger.blobs.assembled(record.id)
+        try:
+            data = await self._ledger.blobs.assembled(record.id)
+        except StorageDamaged:
+            if (there := await self.get(record.id)).image:  # another server was faster
+                return there
+            raise
         try:
             sha256 = await asyncio.to_thread(self._checked, record, data)
-            kind = images.kind_of(data)
+            kind = await asyncio.to_thread(images.kind_of, data)
             await self._ledger.keep_image(
                 data, kind.width, kind.height, kind.media_type, sha256=sha256, caller=record.caller
             )
@@ -122,9 +134,10 @@ class Library:
 
     async def _here(self, sha256: str, total_bytes: int) -> bool:
         try:
-            return (await self._ledger.store.image(sha256)).bytes == total_bytes
+            noted = (await self._ledger.store.use(sha256)).bytes == total_bytes
         except NotFound:
             return False
+        return noted and await self._ledger.blobs.exists(sha256)  # images are noted first
 
 
 def _id(name: str) -> str:

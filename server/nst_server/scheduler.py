@@ -17,6 +17,7 @@ from nst_server.errors import QueueFull, RequestError, Stopping
 from nst_server.executor import Executor
 from nst_server.images import ImageFormat
 from nst_server.jobs import Job, JobError, JobState, StoredResult
+from nst_server.journal import patiently
 from nst_server.messages import (
     Cancel,
     Cancelled,
@@ -83,11 +84,22 @@ class Keeping(Protocol):
 
 
 class _Run:
-    """One attempt at a job. Orders that come before its task is made are kept for it."""
+    """One attempt at a job. Orders that come before its task is made are kept for it.
+
+    What the caller wants is kept until the worker has answered: it may die, or be suspending already, and never obey.
+
+    Attributes:
+        state: what the job is to become when the attempt is broken off, PAUSED or CANCELLED; None to go on.
+        options: those of each Steer that was not answered yet, the oldest first.
+        over: done when the attempt is.
+    """
 
     def __init__(self, job: Job, executor: Executor) -> None:
         self.job = job
         self.executor = executor
+        self.state: JobState | None = None
+        self.options: collections.deque[tuple[StylizeOptions, asyncio.Future[None]]] = collections.deque()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._orders: list[Order] | None = []
 
     def order(self, order: Order) -> None:
@@ -96,6 +108,12 @@ class _Run:
             self.executor.order(order)
         else:
             self._orders.append(order)
+
+    def end(self) -> None:
+        """Note that the attempt is over."""
+        for done in (self.over, *(done for _, done in self.options)):
+            if not done.done():
+                done.set_result(None)
 
     async def ending(self, task: StylizeTask, report: Callable[[Message], None]) -> Ending:
         """Have the task computed; return how it ended."""
@@ -121,7 +139,6 @@ class Scheduler:
         self._preparing: dict[Executor, PrepareTask] = {}
         self._reserved = 0
         self._running: dict[str, _Run] = {}
-        self._wanted: dict[str, JobState] = {}  # what a suspended job is to become
         self._deaths: collections.Counter[str] = collections.Counter()
         self._work = asyncio.Event()
         self._loops: dict[Executor, asyncio.Task[None]] = {}
@@ -175,8 +192,9 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """End a job; does nothing if it has ended, or its picture is there."""
-        if job.name in self._running:
-            self._running[job.name].order(Cancel(job.name))
+        if run := self._running.get(job.name):
+            run.state = JobState.CANCELLED
+            run.order(Cancel(job.name))
         elif not (job.state.terminal or job.name in self._endings):
             self._leave(job)
             job.cancelled()
@@ -189,37 +207,66 @@ class Scheduler:
         else:
             self._leave(job)
 
-    def pause(self, job: Job) -> None:
-        """Let a job wait without a device until `resume`; does nothing if it has ended."""
-        if job.name in self._running:
-            self._wanted[job.name] = JobState.PAUSED
-            self._running[job.name].order(Suspend(job.name))
-        elif job.state is JobState.QUEUED:
+    def pause(self, job: Job) -> asyncio.Future[None] | None:
+        """Let a job wait without a device until `resume`; does nothing if it has ended.
+
+        Returns what is done when the worker has let it go, None if it has none.
+        """
+        if run := self._running.get(job.name):
+            if run.state is not JobState.CANCELLED:
+                run.state = JobState.PAUSED
+                run.order(Suspend(job.name))
+            return run.over
+        if job.state is JobState.QUEUED:
             self._leave(job)
-            job.paused()
+            self._pause(job)
+        return None
 
     def resume(self, job: Job) -> None:
-        """Queue a paused job again; does nothing to any other, but what is about to be paused goes on after that."""
-        if job.name in self._running:
-            self._wanted.pop(job.name, None)
+        """Queue a paused job again; does nothing to any other, but what is about to be paused goes on after that.
+
+        Raises QueueFull or Stopping.
+        """
+        if run := self._running.get(job.name):
+            if run.state is JobState.PAUSED:
+                run.state = None
         elif job.state is JobState.PAUSED:
-            job.queued()
-            self.submit(job)
+            with self.place():
+                job.queued()
+                self.submit(job)
 
     def finish(self, job: Job) -> None:
-        """End a job with the best picture so far; one that has made none yet begins, and ends at once."""
-        job.finishing = True
-        if job.name in self._running:
-            self._running[job.name].order(Finish(job.name))
-        elif job.name not in self._endings:
-            self.resume(job)
+        """End a job with the best picture so far; one that has made none yet begins, and ends at once.
 
-    def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> None:
-        """Let a job go on with other options, checked by the caller."""
-        if job.name in self._running:
-            self._running[job.name].order(Steer(job.name, changes))
-        elif job.name not in self._endings:
+        Raises QueueFull or Stopping.
+        """
+        if job.name in self._endings:
+            return
+        if run := self._running.get(job.name):
+            run.order(Finish(job.name))
+        else:
+            self.resume(job)
+        if not job.now.finishing:
+            job.finishing()
+
+    def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> asyncio.Future[None] | None:
+        """Let a job go on with other options, checked by the caller.
+
+        Returns what is done when the worker does, None if it has none.
+        """
+        if run := self._running.get(job.name):
+            done = asyncio.get_running_loop().create_future()
+            run.options.append((options, done))
+            run.order(Steer(job.name, changes))
+            return done
+        if job.name not in self._endings:
             job.steered(options)
+        return None
+
+    def options(self, job: Job) -> StylizeOptions:
+        """Return what a job's options will be when its worker has done all that it was told."""
+        run = self._running.get(job.name)
+        return run.options[-1][0] if run and run.options else job.now.options
 
     def every_frame(self, job: Job) -> None:
         """Have each picture of a job sent that is due, from its next iteration on, and not just the newest."""
@@ -251,10 +298,15 @@ class Scheduler:
             await asyncio.wait(busy, timeout=suspend_s)
         for loop in self._loops.values():
             loop.cancel()
+        if self._endings:  # which wait where nothing can be kept
+            await asyncio.wait(self._endings.values(), timeout=suspend_s)
+            for ending in self._endings.values():
+                ending.cancel()
         await asyncio.gather(*self._loops.values(), *self._endings.values(), return_exceptions=True)
         for run in self._running.values():  # its worker did not answer: the last checkpoint must do
             if not (run.job.gone or run.job.state.terminal):
-                run.job.queued()
+                self._break_off(run)
+            run.end()
         self._running.clear()
 
     async def _serve(self, executor: Executor) -> None:
@@ -296,14 +348,15 @@ class Scheduler:
         if ending is None:
             return
         self._typical_s += 0.3 * (time.monotonic() - began - self._typical_s)
-        self._end(job, ending)
+        self._end(run, ending)
+        run.end()
 
     async def _task(self, job: Job) -> StylizeTask | None:
         """Return the task of the next attempt at a job; None if another server has it."""
         if not await self._ledger.attempt(job):
             return None
         if job.spec is None:
-            await self._load(job)
+            await patiently(lambda: self._load(job), f"{job.name} cannot begin")
         spec = job.spec
         assert spec is not None, "loaded"
         return StylizeTask(
@@ -320,8 +373,8 @@ class Scheduler:
             every_frame=job.every_frame,
         )
 
-    def _end(self, job: Job, ending: Ending) -> None:
-        wanted = self._wanted.pop(job.name, None)
+    def _end(self, run: _Run, ending: Ending) -> None:
+        job = run.job
         if job.gone:
             return
         match ending:
@@ -331,18 +384,33 @@ class Scheduler:
                 task.add_done_callback(lambda _: self._endings.pop(job.name))
             case Cancelled():
                 job.cancelled()
-            case Suspended() if wanted is JobState.PAUSED and not job.finishing:
-                job.paused()
             case Suspended():
-                self._again(job)
-            case Failed(reason="WORKER_DIED") if self._deaths[job.name] < MAX_DEATHS:
+                self._break_off(run)
+            case Failed(reason="WORKER_DIED") if run.state or self._deaths[job.name] + 1 < MAX_DEATHS:
                 self._deaths[job.name] += 1
                 log.warning("job is taken up again", job=job.name, after=ending.message)
-                self._again(job)
+                self._break_off(run)
             case Failed():
                 job.failed(JobError(ending.reason, ending.message))
         if job.state.terminal:
             self._ended(job)
+
+    def _break_off(self, run: _Run) -> None:
+        """Let a job become what its caller wanted of an attempt that did not come to its end."""
+        job = run.job
+        if run.state is JobState.CANCELLED:
+            job.cancelled()
+            return
+        if run.options:
+            job.steered(run.options[-1][0])
+        if run.state is JobState.PAUSED and not job.now.finishing:
+            self._pause(job)
+        else:
+            self._again(job)
+
+    def _pause(self, job: Job) -> None:
+        job.paused()
+        job.spec = None  # its pictures, which are loaded again when it goes on
 
     async def _picture(self, job: Job, done: Done) -> None:
         assert done.pixels is not None
@@ -352,7 +420,14 @@ class Scheduler:
             image = await asyncio.to_thread(
                 images.encode, done.pixels, output, alpha=job.spec.alpha, parameters=job.parameters(done)
             )
-            await self._ledger.keep_image(image.data, image.width, image.height, MEDIA_TYPES[output.format])
+            media_type = MEDIA_TYPES[output.format]
+            await patiently(
+                lambda: self._ledger.keep_image(image.data, image.width, image.height, media_type),
+                f"the result of {job.name} cannot be kept",
+            )
+        except asyncio.CancelledError:  # the server stops: the next one has the last checkpoint
+            job.queued()
+            raise
         except RequestError as error:
             job.failed(JobError(error.reason, f"the result could not be kept: {error}"))
         except Exception as error:  # whatever it is, a job must end, or its caller waits for ever
@@ -374,6 +449,8 @@ class Scheduler:
             self._renumber()
 
     def _renumber(self) -> None:
+        if self._stopping:  # nobody's turn will come
+            return
         for position, job in enumerate(self._waiting):
             job.moved(position)
 
@@ -386,7 +463,7 @@ class Scheduler:
             case Started():
                 job.started(run.executor.device, message.precision)
                 log.info("job started", job=job.name, device=run.executor.device, attempt=job.now.attempt)
-                if job.finishing:
+                if job.now.finishing:
                     run.order(Finish(job.name))
             case Progressed():
                 job.progressed(message)
@@ -394,6 +471,8 @@ class Scheduler:
                 job.pictured(message)
             case Steered():
                 job.steered(message.options)
+                if run.options:
+                    run.options.popleft()[1].set_result(None)
             case Kept():
                 self._deaths.pop(job.name, None)
                 self._ledger.keep_checkpoint(job, message.checkpoint)

@@ -104,6 +104,11 @@ def _refusal(error: RequestError) -> Any:
     return grpc.stream_stream_rpc_method_handler(refuse)  # a stream's messages are received when they are asked for
 
 
+def _caller(context: Any) -> str:
+    """Return the machine that a call comes from."""
+    return str(context.peer()).rpartition(":")[0]
+
+
 async def _write(context: Any, message: Any, timeout_s: float, resource: str) -> None:
     """Write to a stream. Raises Unread if the client does not read: gRPC never gives up on one that is connected."""
     try:
@@ -128,7 +133,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         """Create a job and stream its events; unless the caller wants otherwise the job ends when the call does."""
         with _place.get():
             asked = convert.request_from_proto(request)
-            job = await self._application.create_job(asked, owned=asked.cancel_on_disconnect)
+            job = await self._application.create_job(asked, _caller(context), owned=asked.cancel_on_disconnect)
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
         except (Moved, Stopping):  # which is no wish of the caller: the job goes on
@@ -140,10 +145,10 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
             raise
 
     @refusing
-    async def CreateJob(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+    async def CreateJob(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Create a job."""
         with _place.get():
-            job = await self._application.create_job(convert.request_from_proto(request.request))
+            job = await self._application.create_job(convert.request_from_proto(request.request), _caller(context))
         return self._described(job)
 
     @refusing
@@ -155,7 +160,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     async def ListJobs(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Return a page of jobs."""
         states, page_size = convert.states_from_proto(request.states), convert.page_from_proto(request.page_size)
-        jobs, token = await self._application.list_jobs("", states, page_size, request.page_token)
+        jobs, token = await self._application.list_jobs(states, page_size, request.page_token)
         return style_transfer_service_pb2.ListJobsResponse(
             jobs=[self._described(job) for job in jobs], next_page_token=token
         )

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 import nst_model
-from nst_model import FeatureModel, Iterate, NstModelError, Style, StylizeOptions
+from nst_model import FeatureModel, InvalidOption, Iterate, NstModelError, Style, StylizeOptions
 from nst_model.devices import memory_bytes
 from nst_model.errors import DamagedState
 from nst_model.losses import MOMENTS
+from nst_model.options import STEERABLE
 from nst_model.state import State
 from nst_model.stylization import LayerTargets, Stylization, TargetsOf, of_size, scales
 from nst_model.weights import load_weights
@@ -149,7 +150,7 @@ class Worker:
         start = None if task.start is None else nst_model.from_pixels(task.start)
         run = Stylization(model, content, styles, task.options, start=start, targets_of=targets_of, stop=control.stop)
         if task.checkpoint is not None:
-            self._take_up(run, task.checkpoint, clock)
+            self._take_up(run, task, task.checkpoint, clock)
         reason, latest = "", -1
         for iterate in run:
             if iterate.index > latest:  # else the best one again, with the reason to stop
@@ -173,7 +174,7 @@ class Worker:
         picture = of_size(run.best.picture, content.shape[1:])
         return Done(task.id, nst_model.to_pixels(picture, bits=task.bit_depth), run.best.index, run.best.loss, reason)
 
-    def _take_up(self, run: Stylization, checkpoint: Checkpoint, clock: _Clock) -> None:
+    def _take_up(self, run: Stylization, task: StylizeTask, checkpoint: Checkpoint, clock: _Clock) -> None:
         """Go on from a checkpoint; without one that can be read the run begins anew, which costs time only."""
         try:
             run.restore(State.from_bytes(self._keeper.read(checkpoint)))
@@ -181,6 +182,10 @@ class Worker:
             log.warning("%s cannot be gone on from: %s; the job begins anew", checkpoint.key, error)
         else:
             clock.go_on(checkpoint.elapsed_s)
+            # What the caller has changed since.
+            wanted = {name: getattr(task.options, name) for name in STEERABLE}
+            if any(getattr(run.options, name) != value for name, value in wanted.items()):
+                run.steer(**wanted)
 
     def _obeyed(self, task: StylizeTask, run: Stylization, control: Control) -> Finish | Suspend | None:
         """Carry out the orders that have come; return the one that ends the run."""
@@ -191,7 +196,10 @@ class Worker:
                 control.every_frame = True
                 continue
             assert isinstance(order, Steer)
-            run.steer(**order.changes)
+            try:
+                run.steer(**order.changes)
+            except InvalidOption as error:  # it was checked; the job goes on as it was
+                log.warning("%s cannot be steered: %s", task.id, error)
             self._sender.send(Steered(task.id, run.options))
         return None
 
@@ -351,8 +359,13 @@ class _Keeper(threading.Thread):
         if self._blobs is None or self._busy or time.monotonic() < self._due:
             return
         began = time.monotonic()
+        try:
+            state = run.state()
+        except (torch.OutOfMemoryError, MemoryError) as error:  # the run itself may have room
+            log.warning("no checkpoint of %s: %s", task.id, error)
+            self._due = time.monotonic() + self._interval_s
+            return
         self._busy = True
-        state = run.state()
         self._copying_s = time.monotonic() - began
         self._waiting.put((task, state, _checkpoint(task, iteration, clock)))
 
@@ -384,7 +397,7 @@ class _Keeper(threading.Thread):
         assert self._blobs is not None
         try:
             self._blobs.write_now(checkpoint.key, state.to_bytes())
-        except (RequestError, OSError) as error:
+        except Exception as error:  # whatever it is, the run goes on
             log.warning("no checkpoint of %s: %s", task.id, error)
         else:
             self._sender.send(Kept(task.id, checkpoint))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from google.protobuf import empty_pb2
 
 from nst.v1 import image_service_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2
 from nst_server import Server
-from tests.server.conftest import FOREVER, Caller, Refusal, files, noise, opened, read_until, rest, watched
+from tests.server.conftest import FOREVER, Caller, Refusal, files, noise, opened, read_until, rest, until, watched
 from tests.server.storage.conftest import postgresql, postgresql_url
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
@@ -183,6 +186,61 @@ async def test_a_paused_job_gives_its_device_back(caller: Caller, ask: Ask) -> N
     assert [progress.iteration for progress in told.progress] == list(range(151))
     assert told.job.attempt == 2
     assert (told.pixels == (await caller.told(ask(iterations=150, size_px=96))).pixels).all()
+
+
+async def test_what_a_job_was_told_last_holds_for_its_next_attempt(serve: Serve, ask: Ask) -> None:
+    """Changed while it is paused, or just before its worker is killed: its checkpoint, which is older, is overruled."""
+    server, caller = await serve(checkpoint_interval_s=0.1)
+    (executor,) = server.executors
+    job = await create(caller, ask(**(FOREVER | {"size_px": 48})))
+    watching = asyncio.create_task(watched(caller, job.name))
+    await has_begun(caller, job.name)
+    assert (await update(caller, job.name, paused=True)).state == PAUSED
+    await update(caller, job.name, options={"style_weight": 0.0})
+    await update(caller, job.name, paused=False)
+    await until(lambda: server._application._jobs[job.name].now.attempt == 2)
+    await has_begun(caller, job.name)
+    await asyncio.sleep(0.5)
+    told = await update(caller, job.name, options={"iterations": 2000})
+    os.kill(executor.pid, signal.SIGKILL)
+    assert told.options.iterations == 2000
+    told = await asyncio.wait_for(watching, 100)
+
+    assert told.progress[-1].iteration <= 2000
+    assert (told.job.state, told.job.attempt, told.job.options.iterations) == (SUCCEEDED, 3, 2000)
+    for event in told.of("progress"):
+        if event.attempt > 1:
+            progress, options = event.progress, told.job.options
+            style = progress.loss - options.content_weight * progress.content_loss
+            assert style == pytest.approx(options.tv_weight * progress.tv_loss, rel=1e-3, abs=1e-5)
+
+
+async def test_cancel_follows_pause_at_once(caller: Caller, ask: Ask) -> None:
+    """Whatever its worker is at, both are answered, and it ends."""
+    for delay_s in (0, 0.002, 0.01):
+        job = await create(caller, ask(**FOREVER))
+        await has_begun(caller, job.name)
+        pausing = asyncio.create_task(update(caller, job.name, paused=True))
+        await asyncio.sleep(delay_s)
+        assert (await asyncio.wait_for(cancel(caller, job.name), 5)).state == CANCELLED
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await asyncio.wait_for(pausing, 5)
+
+
+async def test_enough_is_not_forgotten(serve: Serve, ask: Ask, tmp_path: Path) -> None:
+    """Of a job that waits: the next server ends it as soon as its turn comes."""
+    server, caller = await serve(data_dir=tmp_path)
+    running = await create(caller, ask(**FOREVER))
+    waiting = await create(caller, ask(**FOREVER))
+    await update(caller, waiting.name, finish=True)
+    await update(caller, running.name, paused=True)
+    await server.stop(0)
+    _, caller = await serve(data_dir=tmp_path)
+
+    told = await asyncio.wait_for(watched(caller, waiting.name), 30)
+    assert (told.job.state, told.job.result.stop_reason) == (SUCCEEDED, job_pb2.STOP_REASON_FINISHED)
+    assert (await get(caller, running.name)).state == PAUSED
+    await cancel(caller, running.name)
 
 
 async def test_enough_is_a_result(caller: Caller, ask: Ask) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
@@ -11,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from nst_model import StylizeOptions
-from nst_server.errors import QueueFull, Stopping, StorageFull
+from nst_server.errors import QueueFull, Stopping, StorageFull, StorageReadOnly
 from nst_server.images import Encoding, ImageFormat
 from nst_server.jobs import Job, JobState, StateChanged
 from nst_server.messages import (
@@ -499,8 +500,8 @@ async def test_a_dead_worker_costs_an_attempt_and_not_the_job(scheduler: Queue) 
     scheduler.add(hand)
     job, other = submitted(scheduler), submitted(scheduler)
     await settled()
-    for death in range(2 * MAX_DEATHS):
-        if death == MAX_DEATHS:
+    for death in range(2 * MAX_DEATHS - 2):
+        if death == MAX_DEATHS - 1:
             hand.report(Kept(job.name, Checkpoint("k", 1, 1.0)))
         hand.end(Failed(job.name, "WORKER_DIED", "killed"))
         await settled()
@@ -509,6 +510,51 @@ async def test_a_dead_worker_costs_an_attempt_and_not_the_job(scheduler: Queue) 
     await settled()
     assert job.now.error is not None
     assert (job.now.error.reason, other.state) == ("WORKER_DIED", "running")
+
+
+@pytest.mark.parametrize("ending", [Suspended("x"), Failed("x", "WORKER_DIED", "killed")])
+async def test_what_a_caller_wants_outlives_the_attempt(scheduler: Queue, ending: Ending) -> None:
+    """A worker that is suspending already, or dies, never hears of it: a cancel, a change, a pause."""
+    hand = Held()
+    scheduler.add(hand)
+    job = submitted(scheduler)
+    await settled()
+    first = scheduler.steer(job, StylizeOptions(content_weight=3), {"content_weight": 3})
+    over = scheduler.pause(job)
+    second = scheduler.steer(job, StylizeOptions(content_weight=4), {"content_weight": 4})
+    assert first and over and second
+    hand.report(Steered(job.name, StylizeOptions(content_weight=3)))
+    assert (first.done(), over.done(), second.done()) == (True, False, False)
+    assert scheduler.options(job).content_weight == 4
+    hand.end(dataclasses.replace(ending, id=job.name))
+    await settled()
+    assert (over.done(), second.done()) == (True, True)
+    assert (job.state, job.now.options.content_weight) == ("paused", 4)
+    assert job.spec is None
+
+    scheduler.resume(job)
+    await settled()
+    scheduler.pause(job)
+    scheduler.cancel(job)
+    scheduler.pause(job)
+    hand.end(dataclasses.replace(ending, id=job.name))
+    await settled()
+    assert job.state == "cancelled"
+
+
+async def test_a_paused_job_needs_a_place_to_go_on(scheduler: Queue) -> None:
+    """Or the queue would not be bounded; what is refused changes nothing."""
+    paused = submitted(scheduler)
+    scheduler.pause(paused)
+    waiting = [submitted(scheduler) for _ in range(2)]
+    with pytest.raises(QueueFull):
+        scheduler.resume(paused)
+    with pytest.raises(QueueFull):
+        scheduler.finish(paused)
+    assert (paused.state, paused.now.finishing) == ("paused", False)
+    scheduler.cancel(waiting[0])
+    scheduler.finish(paused)
+    assert (paused.state, paused.now.finishing) == ("queued", True)
 
 
 async def test_a_job_that_cannot_begin_fails_alone(scheduler: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,18 +608,27 @@ async def test_another_servers_job_is_let_go(scheduler: Queue) -> None:
     assert (len(scheduler.ledger.stored), scheduler.ledger.dropped) == (written, [])
 
 
-async def test_a_result_that_cannot_be_kept_fails_its_job(scheduler: Queue) -> None:
-    """With the disk's own reason; nothing else is harmed."""
+async def test_a_result_that_cannot_be_kept_fails_its_job(scheduler: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the folder's own reason; nothing else is harmed. A disk that is full for a while is waited for."""
+    monkeypatch.setattr("nst_server.journal.RETRY_S", 0.01)
     hand = Held()
     scheduler.add(hand)
     job = submitted(scheduler)
     await settled()
-    scheduler.ledger.refuses = StorageFull("the data folder is full")
+    scheduler.ledger.refuses = StorageReadOnly("the data folder cannot be written to")
     hand.done()
     await settled()
     assert job.now.error is not None
-    assert (job.state, job.now.error.reason) == ("failed", "STORAGE_FULL")
+    assert (job.state, job.now.error.reason) == ("failed", "STORAGE_READ_ONLY")
+    patient = submitted(scheduler)
+    await settled()
+    scheduler.ledger.refuses = StorageFull("the data folder is full")
+    hand.done()
+    await settled()
+    assert patient.state == "running"
     scheduler.ledger.refuses = None
+    await settled()
+    assert patient.state == "succeeded"
     following = submitted(scheduler)
     await settled()
     hand.done()

@@ -86,7 +86,7 @@ async def test_a_job_that_kills_its_workers_fails_alone(
 
     So it does if the replacement dies too, while it is starting and after that, and if an idle worker dies.
     """
-    monkeypatch.setattr("nst_server.scheduler.MAX_DEATHS", 1)
+    monkeypatch.setattr("nst_server.scheduler.MAX_DEATHS", 2)
     server, client = await serve()
     (executor,) = server.executors
 

@@ -1,7 +1,7 @@
 """Bytes that outlive the server: pictures by their SHA-256, checkpoints and parts of uploads by name.
 
     blobs/{first two digits}/{sha256}      pictures
-    uploads/{id}/{offset}                  parts of pictures on their way here
+    uploads/{id}/{offset}-{length}         parts of pictures on their way here
     {key}                                  what `write` is told, `checkpoints/…` for instance
 
 In a folder, a bucket (`s3://…`, `gs://…`, `az://…`), or memory. What is written is there as a whole or not at all: a
@@ -156,15 +156,16 @@ class Blobs:
 
     async def put_part(self, upload_id: str, offset: int, data: bytes) -> None:
         """Keep a part of an upload; `offset` in bytes is where it belongs."""
-        await self.write(f"uploads/{upload_id}/{offset:016d}", data)
+        await self.write(f"uploads/{upload_id}/{offset:016d}-{len(data):016d}", data)
 
     async def assembled(self, upload_id: str) -> bytes:
-        """Return the parts of an upload, joined. Raises StorageDamaged if one is missing."""
+        """Return the parts of an upload, joined; some may overlap. Raises StorageDamaged if one is missing."""
         data = bytearray()
         for key in await self.keys(f"uploads/{upload_id}"):
-            if int(key.rsplit("/", 1)[1]) != len(data):
+            offset = int(key.rsplit("/", 1)[1].split("-")[0])
+            if offset > len(data):
                 raise StorageDamaged(f"{self._place}: the upload {upload_id!r} has a gap at byte {len(data)}")
-            data += await self.fetch(key)
+            data += (await self.fetch(key))[len(data) - offset :]
         return bytes(data)
 
     async def drop_parts(self, upload_id: str) -> None:

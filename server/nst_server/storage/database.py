@@ -387,6 +387,17 @@ class JobStore:
         statement = update(uploads).where(there).values(received=end)
         return await self._write(lambda connection: bool(connection.execute(statement).rowcount))
 
+    async def use(self, sha256: str) -> ImageRecord:
+        """Return an image, and keep it from being collected for a while. Raises NotFound."""
+
+        def work(connection: Connection) -> ImageRecord:
+            if not _use(connection, {sha256}):
+                raise _no_image(sha256)
+            row = connection.execute(select(images).where(images.c.sha256 == sha256)).one()
+            return ImageRecord(**row._mapping)
+
+        return await self._write(work)
+
     async def complete_upload(self, id: str, sha256: str) -> None:
         """Note which image came of an upload."""
         await self._write(
@@ -462,9 +473,12 @@ def _append(connection: Connection, batches: Sequence[Batch]) -> list[Exception 
     there = _use(connection, {sha256 for batch in batches for sha256 in batch.images})
     changed: dict[str, dict[str, Any]] = {}
     told, held = [], set()
-    failures = []
+    failures: list[Exception | None] = []
     for batch in batches:
         failure = _hindrance(found.get(batch.id), batch, there)
+        if failure and batch.events and _told(connection, batch.id, batch.events[-1]):
+            failures.append(None)  # it was written before, and the answer was lost
+            continue
         failures.append(failure)
         if failure:
             continue
@@ -508,6 +522,12 @@ def _hindrance(job: dict[str, Any] | None, batch: Batch, there: Collection[str])
     if missing := set(batch.images) - set(there):
         return _no_image(min(missing))
     return None
+
+
+def _told(connection: Connection, id: str, event: EventRecord) -> bool:
+    """Return whether this very event of a job is there."""
+    query = select(events.c.time, events.c.kind).where(events.c.job == id, events.c.sequence == event.sequence)
+    return connection.execute(query).all() == [(event.time, event.kind)]
 
 
 def _use(connection: Connection, sha256s: Collection[str]) -> set[str]:

@@ -57,6 +57,7 @@ class JobRecord:
     error: Json | None = None
     checkpoint: Json | None = None
     command: Json | None = None
+    finishing: bool = False
 
 
 @dataclass(frozen=True)

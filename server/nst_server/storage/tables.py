@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -95,6 +96,7 @@ jobs = Table(
     Column("error", Json),
     Column("checkpoint", Json),
     Column("command", Json),
+    Column("finishing", Boolean, nullable=False),
 )
 named = jobs.c.request_id != ""
 Index("ix_jobs_request", jobs.c.caller, jobs.c.request_id, unique=True, sqlite_where=named, postgresql_where=named)

@@ -285,7 +285,6 @@ async def test_events_are_numbered_without_gaps(store: JobStore) -> None:
     for wrong in (
         events(2, 3),
         events(4, 4),
-        events(1, 1),
         [*events(3, 3), *events(5, 5)],
         [*events(3, 3), *events(3, 3)],
     ):
@@ -293,6 +292,7 @@ async def test_events_are_numbered_without_gaps(store: JobStore) -> None:
             await store.append("a", None, wrong, {"device": "cpu"})
     with pytest.raises(OutOfSequence):
         await store.create(job("b"), events(2, 2))
+    await store.append("a", None, events(1, 2), {"device": "cpu"})  # as after a commit whose answer was lost
 
     assert await store.events("a") == events(1, 2)
     assert [record.device for record in await store.list()] == [""]

@@ -40,6 +40,7 @@ def upgrade() -> None:
         sa.Column("error", sa.Text),
         sa.Column("checkpoint", sa.Text),
         sa.Column("command", sa.Text),
+        sa.Column("finishing", sa.Boolean, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
     )
     named, leased = sa.text("request_id != ''"), sa.text("owner != ''")
