@@ -193,11 +193,11 @@ class Application:
         if job.elsewhere:
             await self._ledger.command(job, {UPDATE: dataclasses.asdict(update)})
             return job
+        done = []
         if update.finish:  # first what may be refused
-            self.scheduler.finish(job)
+            done.append(self.scheduler.finish(job))
         elif update.paused is False:
             self.scheduler.resume(job)
-        done = []
         if update.changes:
             done.append(self.scheduler.steer(job, options, update.changes))
         if update.paused and not update.finish:

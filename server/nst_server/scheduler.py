@@ -91,6 +91,8 @@ class _Run:
     Attributes:
         state: what the job is to become when the attempt is broken off, PAUSED or CANCELLED; None to go on.
         options: those of each Steer that was not answered yet, the oldest first.
+        finish: whether the best picture so far is enough, which a job cannot note while its attempt is being noted.
+        begun: done when the worker has begun, or the attempt is over.
         over: done when the attempt is.
     """
 
@@ -99,6 +101,8 @@ class _Run:
         self.executor = executor
         self.state: JobState | None = None
         self.options: collections.deque[tuple[StylizeOptions, asyncio.Future[None]]] = collections.deque()
+        self.finish = False
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._orders: list[Order] | None = []
 
@@ -111,7 +115,7 @@ class _Run:
 
     def end(self) -> None:
         """Note that the attempt is over."""
-        for done in (self.over, *(done for _, done in self.options)):
+        for done in (self.begun, self.over, *(done for _, done in self.options)):
             if not done.done():
                 done.set_result(None)
 
@@ -235,19 +239,22 @@ class Scheduler:
                 job.queued()
                 self.submit(job)
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: Job) -> asyncio.Future[None] | None:
         """End a job with the best picture so far; one that has made none yet begins, and ends at once.
 
-        Raises QueueFull or Stopping.
+        Returns what is done when that cannot be forgotten any more, None if it cannot. Raises QueueFull or Stopping.
         """
-        if job.name in self._endings:
-            return
+        if job.name in self._endings or job.now.finishing:
+            return None
         if run := self._running.get(job.name):
             run.order(Finish(job.name))
+            if not run.begun.done():
+                run.finish = True
+                return run.begun
         else:
             self.resume(job)
-        if not job.now.finishing:
-            job.finishing()
+        job.finishing()
+        return None
 
     def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> asyncio.Future[None] | None:
         """Let a job go on with other options, checked by the caller.
@@ -401,6 +408,8 @@ class Scheduler:
         if run.state is JobState.CANCELLED:
             job.cancelled()
             return
+        if run.finish and not run.begun.done():
+            job.finishing()
         if run.options:
             job.steered(run.options[-1][0])
         if run.state is JobState.PAUSED and not job.now.finishing:
@@ -463,8 +472,11 @@ class Scheduler:
             case Started():
                 job.started(run.executor.device, message.precision)
                 log.info("job started", job=job.name, device=run.executor.device, attempt=job.now.attempt)
-                if job.now.finishing:
+                if run.finish:
+                    job.finishing()
+                elif job.now.finishing:
                     run.order(Finish(job.name))
+                run.begun.set_result(None)
             case Progressed():
                 job.progressed(message)
             case Pictured():
