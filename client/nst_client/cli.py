@@ -567,7 +567,10 @@ def _print_changed(job: Job, *, json: bool) -> None:
 def _job_lines(job: Job) -> Iterable[str]:
     """Yield what people want to know of a job, line by line."""
     yield job.name
-    yield _state(job) + ("" if job.progress is None else f", {_iterations(job)}, {numbers_text(job.progress)}")
+    progress = job.progress
+    if progress is not None and job.state.is_terminal:
+        progress = replace(progress, remaining_s=0)
+    yield _state(job) + ("" if progress is None else f", {_iterations(job)}, {numbers_text(progress)}")
     yield f"{job.width}×{job.height}, {job.model}"
     moments = {"created": job.create_time, "started": job.start_time, "ended": job.end_time}
     if job.start_time is None:
@@ -682,7 +685,7 @@ def _print_traceback_if_asked() -> None:
 def _advice(error: NstError) -> str:
     match error:
         case UnavailableError(job=Job() as job):
-            return f"{error}\n`{command_for('watch', job, error.address)}` takes it up again"
+            return f"{error}\n`{command_for('watch', job, error.address)} -o OUT` takes it up again"
         case UnavailableError(reason="", retry_after_s=None):
             return f"{error}\nnst-server starts a server; --server or NST_SERVER names another"
         case UnavailableError(retry_after_s=float(wait)) | ResourceExhaustedError(retry_after_s=float(wait)):

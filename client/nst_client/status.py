@@ -34,7 +34,7 @@ TOO_LARGE = re.compile(
     r"(?P<end>CLIENT|SERVER)?:? ?Received message larger than max \((?P<size>\d+) vs\. (?P<limit>\d+)\)"
 )
 
-NEVER_REACHED = re.compile("failed to connect to all addresses|DNS resolution failed")
+NEVER_REACHED = re.compile("failed to connect to all addresses|DNS resolution failed|errors resolving")
 """gRPC's own words for a connection that never stood; there is no other sign of it."""
 
 BROKEN = re.compile("RST_STREAM|GOAWAY|stream removed|socket closed|connection reset", re.IGNORECASE)

@@ -26,7 +26,9 @@ def main() -> None:
     except ValidationError as error:
         for problem in error.errors():
             reason = problem["msg"].removeprefix("Value error, ")
-            print(f"nst-server: {'.'.join(map(str, problem['loc']))}: {reason}", file=sys.stderr)
+            where = "".join(f"{part}: " for part in problem["loc"])
+            given = problem["input"] if problem["loc"] and isinstance(problem["input"], str | int | float) else None
+            print(f"nst-server: {where}{reason}{'' if given is None else f', not {given!r}'}", file=sys.stderr)
         sys.exit(2)
     except (SettingsError, FileNotFoundError) as error:
         print(f"nst-server: {error}", file=sys.stderr)

@@ -24,6 +24,9 @@ from nst_model import CARDS, DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "NST_"
 
+BLOBS = ("s3://", "gs://", "az://", "file://")
+DATABASES = ("postgresql://", "postgres://", "sqlite:///")
+
 
 class Settings(BaseSettings):
     """Every setting of the server. The descriptions are what `nst-server --help` prints."""
@@ -45,7 +48,7 @@ class Settings(BaseSettings):
     )
     blobs: str = Field(
         "",
-        description="URL of where images and checkpoints are kept, `s3://…`, `gs://…`, `az://…`; "
+        description="URL of where images and checkpoints are kept, `s3://…`, `gs://…`, `az://…`, `file://…`; "
         "by default the data folder.",
     )
     checkpoint_interval_s: float = Field(
@@ -109,6 +112,10 @@ class Settings(BaseSettings):
         for name in ("database", "blobs"):
             if self.ephemeral and getattr(self, name):
                 raise ValueError(f"ephemeral keeps everything in memory and must not go with {name}")
+        if self.blobs and not self.blobs.startswith(BLOBS):
+            raise ValueError(f"blobs must be {', '.join(f'{scheme}…' for scheme in BLOBS)}, not {self.blobs!r}")
+        if self.database and not self.database.startswith(DATABASES):
+            raise ValueError(f"database must be postgresql://… or sqlite:///…, not {self.database.split('@')[-1]!r}")
         if self.database and not self.blobs:
             raise ValueError("database needs blobs: servers that share one must share the other, s3://… or file://…")
         return self
@@ -171,6 +178,7 @@ def _command_line(settings: type[Settings]) -> CliSettingsSource[argparse.Argume
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=False,
+        cli_implicit_flags=True,
         root_parser=argparse.ArgumentParser(
             prog="nst-server",
             description="Neural style transfer as a gRPC service. Each setting may also come from the environment "
