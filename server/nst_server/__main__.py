@@ -82,17 +82,18 @@ async def _run(server: Server, stopping: asyncio.Event) -> None:
 
 
 def configure_log(log_format: str) -> None:
-    """Send the log to standard error."""
+    """Send the log to standard error. Local variables are left out: pictures and passwords are among them."""
     processors: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.dict_tracebacks,
     ]
     match log_format:
         case "json":
-            processors.append(structlog.processors.JSONRenderer())
+            dictionaries = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            processors += [structlog.processors.ExceptionRenderer(dictionaries), structlog.processors.JSONRenderer()]
         case _:
-            processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+            plain = structlog.dev.plain_traceback
+            processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain))
     structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 

@@ -87,6 +87,7 @@ class Application:
         self._grams = GramCache(settings.data_dir / "grams")
         self._styles.clean()
         # A pool of its own: a flood of large pictures must not hold up frames, results and the workers' pipes.
+        self._stopped = False
         self._decoding = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def place(self) -> AbstractContextManager[None]:
@@ -116,6 +117,7 @@ class Application:
         for job in (*self._jobs.values(), *self._elsewhere):
             job.lost(STOPPING)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._stopped = True
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
     async def create_job(self, request: JobRequest, caller: str = "", *, owned: bool = False) -> Job:
@@ -372,6 +374,8 @@ class Application:
         return self._settings.default_model
 
     async def _decode(self, work: Callable[..., T], *arguments: object) -> T:
+        if self._stopped:
+            raise STOPPING
         return await asyncio.get_running_loop().run_in_executor(self._decoding, work, *arguments)
 
     def _checked(self, request: JobRequest) -> JobSpec:

@@ -379,7 +379,7 @@ def test_server_that_does_not_come_back_exits_with_3(
     assert "connection lost, trying again" in shown
     assert sentence.startswith("nst: ")
     assert sentence.endswith("jobs/j1 may still be running")
-    assert advice == "`nst jobs watch jobs/j1` takes it up again"
+    assert advice == "`nst jobs watch jobs/j1 -o OUT` takes it up again"
 
 
 def test_mistake_of_ours_is_a_sentence(nst: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

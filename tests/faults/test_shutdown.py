@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
-from tests.server.conftest import watched
+from tests.server.conftest import FOREVER, watched
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -58,13 +58,14 @@ async def test_sigterm_under_load_loses_no_job(launch: Callable[..., Any], ask: 
 
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
-    assert await server.ended(GRACE_S + 30) == 0
+    await asyncio.wait_for(server.process.wait(), GRACE_S + 30)
     took_s = time.monotonic() - began
+    assert await server.ended(10) == 0
     assert took_s <= GRACE_S, server.said("stopping") + server.said("stopped")
     assert set(await asyncio.gather(*watching)) == {grpc.StatusCode.UNAVAILABLE}
     assert server.said("job ended") == []
 
-    later = await launch()
+    later = await launch("--queue-size=40")
     await later.serving()
     listed = await later.caller.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest(page_size=100))
     assert {job.name for job in listed.jobs} == set(names)
@@ -81,3 +82,16 @@ async def test_sigterm_under_load_loses_no_job(launch: Callable[..., Any], ask: 
         assert sequences == list(range(1, told.job.sequence + 1))
     assert ends[0].job.attempt == 2
     assert ends[0].progress[0].iteration > 0, "it began anew"
+
+
+async def test_a_long_queue_does_not_hold_up_a_stop(serve: Callable[..., Any], ask: Ask) -> None:
+    """What waits is left as it is: nobody is told that he has moved."""
+    server, client = await serve(queue_size=200)
+    request = style_transfer_service_pb2.CreateJobRequest(request=ask(**FOREVER))
+    names = [(await client.jobs.CreateJob(request)).name for _ in range(150)]
+    before = [server._application._jobs[name].now.sequence for name in names[2:]]
+    jobs = [server._application._jobs[name] for name in names[2:]]
+    began = time.monotonic()
+    await server.stop(1)
+    assert time.monotonic() - began < 5
+    assert [job.now.sequence for job in jobs] == before

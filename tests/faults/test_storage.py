@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import re
 import signal
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from nst.v1 import image_service_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2
+from nst_server.errors import StorageFull, StorageUnavailable
 from tests.server.conftest import FOREVER, Caller, noise, until, watched
 from tests.server.test_process import START_S
 from tests.server.test_styles import small_disk
@@ -252,3 +255,88 @@ async def test_a_damaged_result_is_said(serve: Serve, tmp_path: Path, ask: Ask) 
     refusal = await asyncio.wait_for(client.refusal(download(client, torn.result.image)), 5)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED")
     assert (await watched(client, whole.name)).result
+
+
+async def test_a_commit_whose_answer_is_lost_is_no_loss(
+    serve: Serve, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a connection breaks: what was written is written again, which changes nothing."""
+    monkeypatch.setattr("nst_server.journal.RETRY_S", 0.05)
+    server, client = await serve()
+    name = await create(client, ask(iterations=60, size_px=96))
+    store, lost = server._ledger.store, 0
+    append_many = store.append_many
+
+    async def unanswered(batches: Any) -> Any:
+        nonlocal lost
+        done = await append_many(batches)
+        if lost < 5:
+            lost += 1
+            raise StorageUnavailable("the connection broke")
+        return done
+
+    monkeypatch.setattr(store, "append_many", unanswered)
+    told = await asyncio.wait_for(watched(client, name), 60)
+    assert (told.job.state, lost) == (SUCCEEDED, 5)
+    assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
+    assert [progress.iteration for progress in told.progress] == list(range(61))
+
+
+async def test_storage_that_is_away_for_a_moment_costs_a_job_nothing(
+    serve: Serve, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its result is to be kept, which is tried again."""
+    monkeypatch.setattr("nst_server.journal.RETRY_S", 0.05)
+    server, client = await serve()
+    name = await create(client, ask(iterations=30, size_px=96))
+    blobs, refused = server._ledger.blobs, 0
+    write = blobs.write
+
+    async def away(key: str, data: bytes) -> None:
+        nonlocal refused
+        if key.startswith("blobs/") and refused < 3:
+            refused += 1
+            raise StorageUnavailable("the bucket is away")
+        await write(key, data)
+
+    monkeypatch.setattr(blobs, "write", away)
+    told = await asyncio.wait_for(watched(client, name), 60)
+    assert (told.job.state, refused) == (SUCCEEDED, 3)
+
+
+async def test_an_image_is_here_when_its_file_is(serve: Serve, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload whose last step failed is not complete; sent again it is."""
+    server, client = await serve()
+    stub, data = image_service_pb2_grpc.ImageServiceStub(client.channel), noise(60, 60)
+    request = image_service_pb2.CreateUploadRequest(total_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    upload = await stub.CreateUpload(request)
+    part = image_service_pb2.WriteUploadRequest(name=upload.name, data=data)
+    write = server._ledger.blobs.write
+
+    async def full(key: str, data: bytes) -> None:
+        if key.startswith("blobs/"):
+            raise StorageFull("the folder is full")
+        await write(key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server._ledger.blobs, "write", full)
+        assert (await client.refusal(stub.WriteUpload(part))).reason == "STORAGE_FULL"
+        assert not (await stub.CreateUpload(request)).image
+    again = await stub.WriteUpload(part)
+    assert await download(client, again.image) == data
+    assert (await stub.CreateUpload(request)).image == again.image
+
+
+async def test_parts_that_overlap_are_one_image(serve: Serve) -> None:
+    """A call that was given up, and its repetition with another length, at the same time."""
+    _, client = await serve()
+    stub, data = image_service_pb2_grpc.ImageServiceStub(client.channel), noise(800, 800)
+    upload = await stub.CreateUpload(image_service_pb2.CreateUploadRequest(total_bytes=len(data)))
+
+    async def write(start: int, end: int) -> image_service_pb2.Upload:
+        part = image_service_pb2.WriteUploadRequest(name=upload.name, offset=start, data=data[start:end])
+        return await stub.WriteUpload(part)
+
+    await asyncio.gather(*(write(0, end) for end in (400_000, 900_000, 100_000, 700_000)))
+    *_, last = await asyncio.gather(*(write(900_000, len(data)) for _ in range(3)))
+    assert await download(client, last.image) == data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import os
@@ -133,6 +134,8 @@ async def test_jobs_are_listed(serve: Serve, ask: Ask) -> None:
         ({"page_size": 101}, "page_size"),
         ({"page_size": -1}, "page_size"),
         ({"page_token": "yesterday"}, "page_token"),
+        ({"page_token": base64.urlsafe_b64encode(b"after:2026-01-01T00:00:00 jobs/x\0").decode()[:-4]}, "page_token"),
+        ({"page_token": base64.urlsafe_b64encode(b"after:9999-12-31T23:59:59-23:59 jobs/x").decode()}, "page_token"),
         ({"states": [0]}, "states[0]"),
         ({"states": [QUEUED, 99]}, "states[1]"),
     ):
