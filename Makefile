@@ -7,7 +7,7 @@ export PYTHON
 export GOMP_SPINCOUNT ?= 1000
 PROJECT_FILES := pyproject.toml proto/generate.py $(wildcard proto/nst/v1/*.proto)
 
-.PHONY: demo test check unit node format bench baseline studies clean
+.PHONY: demo test check unit postgresql node format bench baseline studies clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/python samples/demo.py
@@ -26,8 +26,15 @@ check: $(VENV)/dev.stamp
 node: client/node/node_modules/.stamp
 	cd client/node && npm run --silent lint
 
-unit: $(VENV)/dev.stamp client/node/node_modules/.stamp
+unit: $(VENV)/dev.stamp client/node/node_modules/.stamp postgresql
 	$(BIN)/python -m pytest
+
+# The tests start a PostgreSQL of their own, with Debian's programs; elsewhere with those on the PATH.
+postgresql:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql; } || \
+		{ echo "make: PostgreSQL is missing; install it: apt-get update && apt-get install -y postgresql" >&2; exit 1; }
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

@@ -37,6 +37,9 @@ def main() -> None:
     for script in ("core.py", "losses.py", "service.py"):
         print(f"\n{script}\n", flush=True)
         subprocess.run([sys.executable, FOLDER / script, "--device", options.device], check=True)
+    for script in ("reliability", "memory"):  # on the CPU
+        print(f"\n{script}.py\n", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], check=True, cwd=FOLDER.parent)
 
 
 if __name__ == "__main__":

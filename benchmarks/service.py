@@ -89,7 +89,7 @@ async def cancel_seconds(client: AsyncClient, size_px: int, after_iterations: in
                 if cancelled is None:
                     await asyncio.sleep(0.05 * after_iterations)
                     cancelled = time.perf_counter()
-                    first.cancel()
+                    await first.cancel()
                 elif isinstance(event, StateChange) and event.job.state is JobState.RUNNING:
                     return time.perf_counter() - cancelled
     raise AssertionError("the second job never ran")
@@ -125,10 +125,19 @@ def running_server(device: str, folder: Path) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
+def children(pid: int) -> list[int]:
+    """Return the process ids of a process's children, grandchildren and so on."""
+    found = [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
+    return [*found, *(below for child in found for below in children(child))]
+
+
 def worker_pid(server_pid: int) -> int:
-    """Return the process id of a server's worker: the largest of its children."""
-    children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
-    return max(map(int, children), key=memory_mib)
+    """Return the process id of a server's worker: the largest of the processes that it has started."""
+    return max(children(server_pid), key=memory_mib)
 
 
 async def measure(device: str, size_px: int, iterations: int, rounds: int) -> list[str]:

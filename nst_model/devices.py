@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
 from nst_model.errors import DeviceUnavailable
 from nst_model.options import Precision
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def available_devices() -> list[str]:
@@ -46,6 +49,19 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision is not Precision.AUTO:
         return precision
     return Precision.BF16 if _fast_bf16(device) else Precision.FP32
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return how much memory computations on a device may take: of a GPU what is free, of a CPU what there is."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        physical = min(physical, int(CONTAINER_LIMIT.read_text()))
+    return physical
 
 
 @contextmanager

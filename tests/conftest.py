@@ -27,6 +27,11 @@ TINY_WIDTHS = (4, 6, 8, 8, 8)
 """Channels in each block of the tests' VGG-16."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the tests' own options."""
+    parser.addoption("--soak-minutes", type=float, default=2, help="how long tests/faults/test_soak.py goes on")
+
+
 def random_state(architecture: Architecture, widths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return a state dict with torchvision's key names and `widths[block - 1]` channels in each block."""
     random = torch.Generator().manual_seed(seed)

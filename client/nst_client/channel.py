@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from nst.v1 import model_service_pb2_grpc, style_service_pb2_grpc, style_transfer_service_pb2_grpc
+from nst.v1 import (
+    image_service_pb2_grpc,
+    model_service_pb2_grpc,
+    style_service_pb2_grpc,
+    style_transfer_service_pb2_grpc,
+)
 from nst_client.errors import InvalidArgumentError
 
 DEFAULT_ADDRESS = "localhost:50051"
@@ -13,8 +18,18 @@ DEFAULT_PORT = 50051
 CONNECT_TIMEOUT_MS = 5_000
 """How long one attempt to connect may take, and the longest pause between two attempts."""
 
-KEEPALIVE_MS = 360_000
-"""A server that vanished without a word is noticed after this long; servers refuse more than one ping in 5 min."""
+PATIENCE_S = 60.0
+"""How long a client goes on trying when the connection broke, unless its caller says otherwise."""
+
+CANCEL_TIMEOUT_S = 5.0
+"""How long whoever leaves waits for the server to hear that a job is not wanted any more."""
+
+KEEPALIVE_MS = 45_000
+"""When nothing has come for this long the server is asked whether it is still there. gRPC's servers hang up on clients
+that ask often while nothing else is said for minutes; but a stream has a heartbeat, and other calls end earlier."""
+
+PING_TIMEOUT_MS = 30_000
+"""How long the answer may take; the question waits behind images that are being sent."""
 
 LOOPBACK = ("localhost", "127.", "[::1]")
 
@@ -42,6 +57,11 @@ def channel_options(address: str) -> list[tuple[str, int | str]]:
         ("grpc.max_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.dns_ares_query_timeout", CONNECT_TIMEOUT_MS),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        # The question may ride on one that gRPC has asked for its own reasons, which has its own time limit.
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        # gRPC would stop after two: a client that reads a stream sends nothing else.
+        ("grpc.http2.max_pings_without_data", 0),
         # A new client tries at once, even if another in this process has just failed at the same address.
         ("grpc.use_local_subchannel_pool", 1),
         # gRPC sends even loopback connections through `http_proxy`.
@@ -50,9 +70,16 @@ def channel_options(address: str) -> list[tuple[str, int | str]]:
 
 
 class Stubs:
-    """The contract's services on one channel, sync or async."""
+    """The contract's methods on one channel, sync or async."""
 
     def __init__(self, channel: Any) -> None:
-        self.transfer: Any = style_transfer_service_pb2_grpc.StyleTransferServiceStub(channel)
-        self.styles: Any = style_service_pb2_grpc.StyleServiceStub(channel)
-        self.models: Any = model_service_pb2_grpc.ModelServiceStub(channel)
+        self._services: tuple[Any, ...] = (
+            style_transfer_service_pb2_grpc.StyleTransferServiceStub(channel),
+            image_service_pb2_grpc.ImageServiceStub(channel),
+            style_service_pb2_grpc.StyleServiceStub(channel),
+            model_service_pb2_grpc.ModelServiceStub(channel),
+        )
+
+    def method(self, name: str) -> Any:
+        """Return the method of that name, of whichever service: no two have the same."""
+        return next(getattr(service, name) for service in self._services if hasattr(service, name))

@@ -1,7 +1,7 @@
-"""The command line `nst`: pictures and styles from a terminal, a script or a pipe.
+"""The command line `nst`: pictures, jobs and styles from a terminal, a script or a pipe.
 
-Exit codes: 0 the picture is made; 1 the job or the server failed; 2 the usage or an argument is wrong; 3 the server
-cannot be reached or has no room, so try again later; 130 interrupted.
+Exit codes: 0 what was asked for is done; 1 the job or the server failed; 2 the usage or an argument is wrong; 3 the
+server cannot be reached or has no room, so try again later; 130 interrupted, whether the job goes on or not.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,29 +25,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nst_client.animation import FrameSampler, pillow_format, write_animation
+from nst_client.animation import pillow_format
 from nst_client.channel import DEFAULT_ADDRESS
-from nst_client.client import Client, Stylization
-from nst_client.display import Display, JsonLines, duration_text, progress_display
+from nst_client.client import Client
+from nst_client.display import Display, JsonLines, duration_text, numbers_text, progress_display, state_text
 from nst_client.errors import (
     AlreadyExistsError,
+    FailedPreconditionError,
     InvalidArgumentError,
+    JobFailedError,
     MessageTooLargeError,
     NotFoundError,
     NstError,
     ResourceExhaustedError,
     UnavailableError,
 )
-from nst_client.events import Event, Frame, Result
-from nst_client.files import write_whole
 from nst_client.flags import flag_values, with_option_flags
-from nst_client.images import ImageFormat, format_of_path
+from nst_client.images import ImageFormat
 from nst_client.json_lines import json_line
 from nst_client.like import Example, Order
 from nst_client.options import OPTIONS
 from nst_client.reference import field_comments
+from nst_client.requests import STEERABLE, new_request_id
 from nst_client.resources import (
+    NO_PREVIEW,
     Encoding,
+    Job,
+    JobState,
     OptionDescription,
     OptionType,
     OptionValue,
@@ -56,6 +60,20 @@ from nst_client.resources import (
     StyleInput,
     StyleName,
     Weighted,
+)
+from nst_client.retry import TimeLimit
+from nst_client.watching import (
+    STDIO,
+    Interrupted,
+    Recorder,
+    Target,
+    Watcher,
+    cancel_request,
+    check_directory,
+    command_for,
+    say,
+    sigterm_as_interrupt,
+    summary,
 )
 
 EXIT_FAILED = 1
@@ -69,7 +87,6 @@ reached or has no room: try again later; 130 interrupted.
 """
 
 STORED_STYLE = re.compile(r"styles/[a-z][a-z0-9-]*")
-STDIO = "-"
 PIPE_WIDTH = 160
 
 STYLE_HELP = """
@@ -90,6 +107,7 @@ Which part of the Nth STYLE's image to take the style from: an image of its prop
 Once for each style.
 """
 FORMATS = "jpeg|png|webp|tiff"
+JOB_STATES = [state for state in JobState if state is not JobState.UNKNOWN]
 
 
 class ErrorsAsExitCodes(typer.core.TyperGroup):
@@ -101,6 +119,8 @@ class ErrorsAsExitCodes(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise _failure("interrupted", EXIT_INTERRUPTED) from None
+        except Interrupted as interruption:
+            raise _failure(f"interrupted: {interruption}", EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             # Whoever read our output has gone: say nothing, and let nothing be flushed at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -123,6 +143,12 @@ app = typer.Typer(
 )
 styles_app = typer.Typer(name="styles", help="Styles kept on the server.", no_args_is_help=True)
 app.add_typer(styles_app)
+jobs_app = typer.Typer(
+    name="jobs",
+    help="Jobs on the server. They need neither the terminal that began them nor a connection.",
+    no_args_is_help=True,
+)
+app.add_typer(jobs_app)
 
 
 def main() -> None:
@@ -148,6 +174,9 @@ def _show_version(wanted: bool) -> None:
 
 Server = Annotated[str, typer.Option("--server", envvar="NST_SERVER", metavar="HOST:PORT", help="Where the server is.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="jobs/ID or just ID.")]
+OUT_HELP = "The picture: .png, .jpg, .webp, .tif, or - for stdout."
 
 
 @app.callback()
@@ -168,8 +197,11 @@ def stylize(
     ] = None,
     *,
     out: Annotated[
-        str, typer.Option("--out", "-o", metavar="OUT", help="The picture: .png, .jpg, .webp, .tif, or - for stdout.")
-    ],
+        str | None, typer.Option("--out", "-o", metavar="OUT", help=f"{OUT_HELP} Required, except with --detach.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the job's name and leave it running; see `nst jobs`.")
+    ] = False,
     output_format: Annotated[
         ImageFormat | None,
         typer.Option(metavar=FORMATS, help="Format of the picture, where OUT does not say it."),
@@ -196,7 +228,7 @@ def stylize(
         float | None, typer.Option(metavar="SECONDS", help="Give up after this time, waiting included.")
     ] = None,
     save_frames: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Save every frame that arrives, named by its iteration.")
+        Path | None, typer.Option(metavar="DIR", help="Save every frame, named by its iteration.")
     ] = None,
     animation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the frames as an animation: .webp, .gif, .png or .apng.")
@@ -210,25 +242,33 @@ def stylize(
     preview_format: Annotated[
         ImageFormat | None, typer.Option(metavar=FORMATS, help="Format of frames. Default: JPEG.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
+    quiet: Quiet = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print every event as a line of JSON instead of a progress bar.")
     ] = False,
     server: Server = DEFAULT_ADDRESS,
     **options: Any,
 ) -> None:
-    """Paint PHOTO in the style of STYLE and write the picture to OUT."""
+    """Paint PHOTO in the style of STYLE and write the picture to OUT.
+
+    A lost connection and a server that restarts are waited out. Ctrl-C asks whether to cancel the job or to leave it
+    running; without a terminal it cancels.
+    """
     wants_frames = save_frames is not None or animation is not None
-    target = Target.checked(out, output_format)
-    _check_places(save_frames, animation, preview_interval, json_on_stdout=json and target.path is None)
+    if detach:
+        _check_detached(out=out, timeout=timeout, wants_frames=wants_frames)
+    elif out is None:
+        raise typer.BadParameter("say where the picture goes, or --detach", param_hint="--out")
+    target = Target.checked(out or STDIO, output_format)
+    _check_places(save_frames, animation, preview_interval, json_on_stdout=json and target.path is None and not detach)
     preview = Preview(
-        # Frames that nobody keeps are not asked for.
-        interval=preview_interval if wants_frames or preview_interval is not None else 0,
+        # Frames that nobody keeps are not asked for; but whoever watches a job later may want some.
+        interval=preview_interval if wants_frames or detach or preview_interval is not None else 0,
         size_px=preview_size,
         encoding=None if preview_format is None else Encoding(format=preview_format),
+        every_frame=wants_frames,
     )
-    recorder = Recorder(save_frames, animation)
-    say = _stay_silent if quiet or json else _say
+    say_more = _stay_silent if quiet or json else say
     example = None if like is None else Example.of(like)
     order = Order(
         styles=_styles(styles or [], example),
@@ -239,25 +279,152 @@ def stylize(
     )
     order = order if example is None else example.complete(order)
     order = _with_masks(order, regions=region or [], style_regions=style_region or []).read()
-    with Client(server) as client:
+    encoding = Encoding(format=target.format, quality=quality, bit_depth=bit_depth)
+    display, limit = _display(quiet=quiet, json=json), TimeLimit(timeout)
+    with Client(server, on_connection=display.show_connection) as client, sigterm_as_interrupt():
         for difference in () if example is None else example.differences(order, client):
-            say(f"note: {difference}")
-        stylization = client.stylize(
-            order.content,
-            order.styles,
-            init_image=order.init_image,
-            model=order.model,
-            preview=preview,
-            output=Encoding(format=target.format, quality=quality, bit_depth=bit_depth),
-            timeout_s=timeout,
-            **order.options,
-        )
-        with stylization, _interruptible(stylization):
-            result = _watched(stylization, _display(quiet=quiet, json=json), recorder)
-            target.write(result)
-            say(_summary(target, result, stylization))
-            for written in recorder.finish(result):
-                say(f"wrote {written}")
+            say_more(f"note: {difference}")
+        if detach:
+            job = _created(client, order, preview, encoding)
+            print(json_line(job) if json else job.name)
+            return
+        recorder = Recorder(save_frames, animation)
+        with display:
+            job = _created(client, order, preview, encoding, timeout_s=limit.remaining_s())
+            stream = client.watch_job(job, preview=preview, timeout_s=limit.remaining_s())
+            result = Watcher(client, display, owns_job=True, see=recorder.see).result(job, stream)
+        target.write(result)
+        say_more(summary(target, result, result, stream.job))
+        for written in recorder.finish(result):
+            say_more(f"wrote {written}")
+
+
+@jobs_app.command("list")
+def list_jobs(
+    state: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(JOB_STATES), help="Only jobs in this state. May be given several times."),
+    ] = None,
+    json: Json = False,
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """List the jobs on the server, the newest first."""
+    with Client(server) as client:
+        jobs = client.list_jobs(state or [])
+        if json:
+            return _print_json(jobs)
+        rows = [(job.name, _state(job), _iterations(job), f"{job.width}×{job.height}", _age(job)) for job in jobs]
+    return _print_table(("name", "state", "iteration", "size", "age"), rows)
+
+
+@jobs_app.command("show", no_args_is_help=True)
+def show_job(name: JobName, json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """Show one job: where it stands, what was asked for, and what came of it."""
+    with Client(server) as client:
+        job = client.get_job(name)
+    return _print_json([job]) if json else print("\n".join(_job_lines(job)))
+
+
+@jobs_app.command("watch", no_args_is_help=True)
+def watch_job(
+    name: JobName,
+    *,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="OUT", help=f"{OUT_HELP} Without it none is written.")
+    ] = None,
+    after: Annotated[
+        int, typer.Option(metavar="N", help=_help("WatchJobRequest", "after_sequence"), show_default=False)
+    ] = 0,
+    quiet: Quiet = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print every event as a line of JSON instead of a progress bar.")
+    ] = False,
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """Watch a job to its end, and write the picture to OUT.
+
+    Ctrl-C asks whether to cancel the job or to leave it running; without a terminal it is left running.
+    """
+    target = None if out is None else Target.checked(out, None)
+    if json and target is not None and target.path is None:
+        raise typer.BadParameter("stdout cannot carry both the picture and JSON", param_hint="--json")
+    display = _display(quiet=quiet, json=json)
+    with Client(server, on_connection=display.show_connection) as client, sigterm_as_interrupt(), display:
+        job = client.get_job(name)
+        stream = client.watch_job(job, after_sequence=after, preview=NO_PREVIEW)
+        result = Watcher(client, display, owns_job=False).result(job, stream)
+    if target is not None:
+        target.write(result)
+        (_stay_silent if quiet or json else say)(summary(target, result, result, stream.job))
+
+
+@jobs_app.command("cancel", no_args_is_help=True)
+def cancel_job(name: JobName, json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """End a job, in whatever state it is. One that has ended stays as it ended."""
+    with Client(server) as client:
+        _print_changed(client.cancel_job(name), json=json)
+
+
+@jobs_app.command("pause", no_args_is_help=True)
+def pause_job(name: JobName, json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """Make a job wait. It gives its device back and keeps what it has done."""
+    with Client(server) as client:
+        _print_changed(client.update_job(name, paused=True), json=json)
+
+
+@jobs_app.command("resume", no_args_is_help=True)
+def resume_job(name: JobName, json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """Queue a paused job again."""
+    with Client(server) as client:
+        _print_changed(client.update_job(name, paused=False), json=json)
+
+
+@jobs_app.command("update", no_args_is_help=True)
+@with_option_flags(OPTIONS, field_comments("StylizeOptions"), only=STEERABLE)
+def update_job(
+    name: JobName,
+    *,
+    finish: Annotated[bool, typer.Option("--finish", help=_help("UpdateJobRequest", "finish"))] = False,
+    json: Json = False,
+    server: Server = DEFAULT_ADDRESS,
+    **options: Any,
+) -> None:
+    """Change a job that has not ended. What is not given stays as it is; it follows from its next iteration on."""
+    changes = flag_values(OPTIONS, options)
+    if not (changes or finish):
+        raise typer.BadParameter("name an option to change, or --finish", param_hint="OPTIONS")
+    with Client(server) as client:
+        _print_changed(client.update_job(name, finish=finish, **changes), json=json)
+
+
+@jobs_app.command("delete", no_args_is_help=True)
+def delete_job(name: JobName, server: Server = DEFAULT_ADDRESS) -> None:
+    """Delete a job with its events and its picture. One that has not ended is cancelled first."""
+    with Client(server) as client:
+        client.delete_job(name)
+
+
+@jobs_app.command("download", no_args_is_help=True)
+def download_job(
+    name: JobName,
+    *,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help=OUT_HELP)],
+    quiet: Quiet = False,
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """Write the picture of a job that has ended to OUT."""
+    target = Target.checked(out, None)
+    with Client(server) as client:
+        job = client.get_job(name)
+        if job.error is not None:
+            raise JobFailedError(f"{job.name} failed: {job.error.message}", job=job)
+        if job.result is None:
+            command = command_for("watch", job, client.address)
+            hint = "" if job.state.is_terminal else f"; `{command} -o {out}` waits for it"
+            raise FailedPreconditionError(f"{job.name} has no picture: it is {job.state}{hint}")
+        picture = client.download_image(job.result)
+    target.write(picture)
+    (_stay_silent if quiet else say)(summary(target, picture, job.result, job))
 
 
 @styles_app.command("create", no_args_is_help=True)
@@ -354,86 +521,82 @@ def options(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
     return _print_table(("preset", "meaning", "what it changes"), changes) if presets else None
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where the picture goes, and in which format."""
-
-    path: Path | None
-    """None for stdout."""
-    format: ImageFormat | None
-    """None for the server's choice."""
-
-    @classmethod
-    def checked(cls, out: str, wanted: ImageFormat | None) -> Target:
-        """Return the target for `--out` and `--output-format`; raise InvalidArgumentError if it cannot work."""
-        if out == STDIO:
-            return cls(None, wanted)
-        path = Path(out)
-        _check_directory(path)
-        if wanted is None:
-            return cls(path, format_of_path(path))
-        with suppress(InvalidArgumentError):
-            if format_of_path(path) is not wanted:
-                raise typer.BadParameter(f"{out!r} does not name a {wanted} file", param_hint="--output-format")
-        return cls(path, wanted)
-
-    def write(self, result: Result) -> None:
-        """Write the picture."""
-        if self.path is not None:
-            write_whole(self.path, result.data)
-            return
-        sys.stdout.buffer.write(result.data)
-        sys.stdout.buffer.flush()
-
-
-class Recorder:
-    """Keeps the frames that were asked for: as files, for an animation, or both."""
-
-    def __init__(self, directory: Path | None, animation: Path | None) -> None:
-        self._directory = directory
-        self._animation = animation
-        self._sampler = FrameSampler()
-
-    def see(self, event: Event) -> None:
-        """Keep a frame."""
-        if not isinstance(event, Frame):
-            return
-        if self._directory is not None:
-            suffix = "jpg" if event.format is ImageFormat.JPEG else event.format
-            write_whole(self._directory / f"{event.iteration:06d}.{suffix}", event.data)
-        if self._animation is not None:
-            self._sampler.add(event)
-
-    def finish(self, result: Result) -> Iterator[str]:
-        """Write the animation; yield what has been written, for people."""
-        if self._directory is not None:
-            yield f"the frames to {self._directory}"
-        if self._animation is not None:
-            yield f"the animation to {write_animation(self._animation, self._sampler.frames(), result)}"
-
-
-def _watched(stylization: Stylization, display: Display, recorder: Recorder) -> Result:
-    with display:
-        for event in stylization:
-            display.show(event)
-            recorder.see(event)
-    return stylization.result()
-
-
 def _display(*, quiet: bool, json: bool) -> Display:
     if json:
         return JsonLines(sys.stdout)
     return Display() if quiet else progress_display(sys.stderr)
 
 
-@contextmanager
-def _interruptible(stylization: Stylization) -> Iterator[None]:
+def _check_detached(*, out: str | None, timeout: float | None, wants_frames: bool) -> None:
+    if out is not None:
+        problem = "writes no picture: leave out --out, and let `nst jobs watch` or `nst jobs download` write it"
+    elif wants_frames:
+        problem = "watches no frames: leave out --save-frames and --animation"
+    elif timeout is not None:
+        problem = "waits for nothing: leave out --timeout"
+    else:
+        return
+    raise typer.BadParameter(problem, param_hint="--detach")
+
+
+def _created(
+    client: Client, order: Order, preview: Preview, output: Encoding, *, timeout_s: float | None = None
+) -> Job:
+    request_id = new_request_id()
     try:
-        yield
+        return client.create_job(
+            order.content,
+            order.styles,
+            init_image=order.init_image,
+            model=order.model,
+            preview=preview,
+            output=output,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            **order.options,
+        )
     except KeyboardInterrupt:
-        name = "the job" if stylization.job is None else stylization.job.name
-        # The job ends with the `with` block around this one.
-        raise _failure(f"interrupted: {name} is cancelled", EXIT_INTERRUPTED) from None
+        cancel_request(client, request_id)
+        raise
+
+
+def _print_changed(job: Job, *, json: bool) -> None:
+    print(json_line(job) if json else f"{job.name} {state_text(job)}")
+
+
+def _job_lines(job: Job) -> Iterable[str]:
+    """Yield what people want to know of a job, line by line."""
+    yield job.name
+    progress = job.progress
+    if progress is not None and job.state.is_terminal:
+        progress = replace(progress, remaining_s=0)
+    yield _state(job) + ("" if progress is None else f", {_iterations(job)}, {numbers_text(progress)}")
+    yield f"{job.width}×{job.height}, {job.model}"
+    moments = {"created": job.create_time, "started": job.start_time, "ended": job.end_time}
+    if job.start_time is None:
+        moments["to be started about"] = job.estimated_start_time
+    yield ", ".join(f"{what} {_date(moment)}" for what, moment in moments.items() if moment is not None)
+    if job.attempt > 1:
+        yield f"attempt {job.attempt}"
+    if job.error is not None:
+        yield f"{job.error.reason}: {job.error.message}"
+    if job.result is not None:
+        yield f"{job.result.image}, {job.result.total_bytes} bytes, loss {job.result.loss:.4g}"
+    yield "options " + " ".join(_written(name, value) for name, value in job.options.items())
+
+
+def _state(job: Job) -> str:
+    return str(job.state) if job.state.is_terminal else state_text(job)
+
+
+def _iterations(job: Job) -> str:
+    return "" if job.progress is None else f"{job.progress.iteration}/{job.progress.iterations}"
+
+
+def _age(job: Job) -> str:
+    if job.create_time is None:
+        return ""
+    return duration_text((datetime.now(UTC) - job.create_time).total_seconds())
 
 
 def _check_places(
@@ -445,21 +608,12 @@ def _check_places(
         raise typer.BadParameter("0 asks for no frames, so none could be kept", param_hint="--preview-interval")
     if animation is not None:
         pillow_format(animation)
-        _check_directory(animation)
+        check_directory(animation)
     if directory is not None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidArgumentError(f"cannot make the directory {str(directory)!r}: {error.strerror}") from error
-
-
-def _check_directory(path: Path) -> None:
-    if path.is_dir():
-        raise InvalidArgumentError(f"{str(path)!r} is a directory; name a file in it")
-    if not path.parent.is_dir():
-        raise InvalidArgumentError(f"there is no directory {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise InvalidArgumentError(f"the directory {str(path.parent)!r} cannot be written to")
 
 
 def _styles(texts: Sequence[str], example: Example | None) -> list[StyleInput]:
@@ -512,21 +666,6 @@ def _weighted(text: str, source: Callable[[str], Any]) -> Any:
     return source(text)
 
 
-def _summary(target: Target, result: Result, stylization: Stylization) -> str:
-    job = stylization.job
-    took = ""
-    if job is not None and job.start_time is not None and job.end_time is not None:
-        took = f" in {duration_text((job.end_time - job.start_time).total_seconds())}"
-    stopped = "" if result.stop_reason == "iterations" else f" ({result.stop_reason})"
-    place = "stdout" if target.path is None else str(target.path)
-    numbers = f"{result.width}×{result.height}, iteration {result.iteration}{stopped}, loss {result.loss:.4g}{took}"
-    return f"wrote {place}: {numbers}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _stay_silent(text: str) -> None:
     pass
 
@@ -534,7 +673,7 @@ def _stay_silent(text: str) -> None:
 def _failure(message: str, code: int) -> typer.Exit:
     _print_traceback_if_asked()
     typer.secho("nst: ", err=True, nl=False, bold=True)
-    _say(message)
+    say(message)
     return typer.Exit(code)
 
 
@@ -545,6 +684,8 @@ def _print_traceback_if_asked() -> None:
 
 def _advice(error: NstError) -> str:
     match error:
+        case UnavailableError(job=Job() as job):
+            return f"{error}\n`{command_for('watch', job, error.address)} -o OUT` takes it up again"
         case UnavailableError(reason="", retry_after_s=None):
             return f"{error}\nnst-server starts a server; --server or NST_SERVER names another"
         case UnavailableError(retry_after_s=float(wait)) | ResourceExhaustedError(retry_after_s=float(wait)):
@@ -567,8 +708,13 @@ def _print_json(values: Iterable[object]) -> None:
 
 
 def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
+    listed = list(rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        # The first is what people copy: however narrow the terminal, it is whole.
+        width = max((len(row[0]) for row in listed), default=0) if index == 0 else None
+        table.add_column(heading, min_width=width)
+    for row in listed:
         table.add_row(*map(escape, row))
     # In a pipe there is no width to fit, and broken lines would be harder to read for programs.
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

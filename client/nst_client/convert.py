@@ -11,11 +11,19 @@ import grpc
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from nst.v1 import job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
+from nst.v1 import (
+    image_service_pb2,
+    job_pb2,
+    model_service_pb2,
+    options_pb2,
+    style_service_pb2,
+    style_transfer_service_pb2,
+)
 from nst_client.options import choice_name, read_fields
 from nst_client.resources import (
     Job,
     JobFailure,
+    JobResult,
     JobState,
     Layer,
     Model,
@@ -26,6 +34,8 @@ from nst_client.resources import (
     OptionValue,
     PreparedGrams,
     Preset,
+    StopReason,
+    StoredImage,
     Style,
     StyleImage,
 )
@@ -58,6 +68,11 @@ def job(message: job_pb2.Job) -> Job:
         precision=choice_name(options_pb2.Precision.DESCRIPTOR, message.precision) if message.precision else "",
         progress=Numbers(**numbers(message.progress)) if message.HasField("progress") else None,
         error=_job_failure(message.error) if message.HasField("error") else None,
+        result=_job_result(message.result) if message.HasField("result") else None,
+        attempt=message.attempt,
+        estimated_start_time=_time(message, "estimated_start_time"),
+        sequence=message.sequence,
+        request_id=message.request_id,
     )
 
 
@@ -75,6 +90,18 @@ def numbers(message: job_pb2.Progress) -> dict[str, Any]:
         "iterations_per_second": message.iterations_per_second,
         "remaining_s": message.remaining_s,
     }
+
+
+def stored_image(message: image_service_pb2.StoredImage) -> StoredImage:
+    """Return the stored image that a message holds."""
+    return StoredImage(
+        name=message.name,
+        total_bytes=message.total_bytes,
+        width=message.width,
+        height=message.height,
+        media_type=message.media_type,
+        create_time=_time(message, "create_time"),
+    )
 
 
 def style(message: style_service_pb2.Style) -> Style:
@@ -139,13 +166,23 @@ def time(message: Timestamp) -> datetime:
     return moment
 
 
-def _time(message: job_pb2.Job | style_service_pb2.Style, name: str) -> datetime | None:
+def _time(message: job_pb2.Job | style_service_pb2.Style | image_service_pb2.StoredImage, name: str) -> datetime | None:
     return time(getattr(message, name)) if message.HasField(name) else None
 
 
 def _job_failure(message: job_pb2.JobError) -> JobFailure:
     code = STATUS_NAMES.get(message.code, str(message.code))
     return JobFailure(code=code, reason=message.reason, message=message.message)
+
+
+def _job_result(message: job_pb2.JobResult) -> JobResult:
+    return JobResult(
+        image=message.image,
+        total_bytes=message.total_bytes,
+        iteration=message.iteration,
+        loss=message.loss,
+        stop_reason=named(StopReason, job_pb2.StopReason.DESCRIPTOR, message.stop_reason),
+    )
 
 
 def _style_image(message: style_service_pb2.StyleImage) -> StyleImage:

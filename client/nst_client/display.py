@@ -11,11 +11,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from nst_client import events
+from nst_client.errors import UnavailableError
 from nst_client.json_lines import json_line
 from nst_client.resources import Job, JobState, Numbers
 
 PLAIN_LINES = 10
 """Where there is no terminal, a job's progress takes about this many lines."""
+
+RECONNECTING = "connection lost, trying again"
 
 NARROWEST_BAR = 8
 """Characters of the live bar that remain in a narrow terminal."""
@@ -25,15 +28,25 @@ class Display:
     """Shows nothing; the base of those that do."""
 
     def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to show, or go on."""
+
+    def stop(self) -> None:
+        """Leave the terminal to others. Once or again and again."""
 
     def show(self, event: events.Event) -> None:
         """Show an event."""
+
+    def show_connection(self, error: UnavailableError | None) -> None:
+        """Show that the connection is broken, or with None that it stands again."""
 
 
 class JsonLines(Display):
@@ -66,6 +79,10 @@ class PlainLines(Display):
                     self._tenth = tenth
                     self._say(f"iteration {event.iteration}/{event.iterations}, {numbers_text(event)}")
 
+    def show_connection(self, error: UnavailableError | None) -> None:
+        """Write a line when the connection breaks, and one when it stands again."""
+        self._say("connected again" if error is None else RECONNECTING)
+
     def _say(self, line: str) -> None:
         if line != self._said:
             self._said = line
@@ -84,28 +101,32 @@ class LiveBar(Display):
             expand=True,
         )
         self._task: TaskID = self._progress.add_task("connecting", total=None)
-        self._state = ""
+        self._state = "connecting"
+        self._text = self._state
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Draw the bar."""
         self._progress.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Leave the bar as it is, and the cursor below it."""
         self._progress.stop()
 
     def show(self, event: events.Event) -> None:
         """Move the bar."""
         match event:
             case events.Snapshot() | events.StateChange():
-                self._state = state_text(event.job)
-                self._progress.update(self._task, description=self._state)
+                self._state = self._text = state_text(event.job)
+                self._progress.update(self._task, description=escape(self._text))
             case events.Progress():
-                text = f"{self._state}, {event.iteration}/{event.iterations}, {numbers_text(event)}"
+                self._text = f"{self._state}, {event.iteration}/{event.iterations}, {numbers_text(event)}"
                 self._progress.update(
-                    self._task, total=event.iterations, completed=event.iteration, description=escape(text)
+                    self._task, total=event.iterations, completed=event.iteration, description=escape(self._text)
                 )
+
+    def show_connection(self, error: UnavailableError | None) -> None:
+        """Say beside the bar that the connection is broken; what was there comes back when it stands again."""
+        self._progress.update(self._task, description=escape(self._text if error is None else RECONNECTING))
 
 
 def progress_display(stream: TextIO) -> Display:

@@ -5,17 +5,17 @@ NstError
 ├── InvalidArgumentError          a value is missing, malformed or out of range; found here or by the server
 │   ├── UnknownOptionError        no option has that name (also a TypeError)
 │   └── ImageNotReadableError     an image that was brought along is not a readable file
-├── NotFoundError                 the style or model does not exist
-├── AlreadyExistsError            the style's id stands for another style
-├── FailedPreconditionError       the server is not ready for this: a model's weights are not fetched, for instance
+├── NotFoundError                 the job, image, style or model does not exist
+├── AlreadyExistsError            the id stands for another style, or for another request
+├── FailedPreconditionError       it cannot be done now: a model's weights are not fetched, a job has ended
 ├── ResourceExhaustedError        the server has no room
 │   ├── QueueFullError            too many jobs wait; come back after `retry_after_s`
 │   └── MessageTooLargeError      the images are larger than the server takes in one message
-├── UnavailableError              the server cannot be reached, is starting or is stopping
+├── UnavailableError              the server cannot be reached, is starting or is stopping, and did not come back
 ├── DeadlineExceededError         `timeout_s` passed
 ├── ServerError                   the server failed, or answered with something this client does not expect
 ├── BrokenStreamError             the stream contradicts the contract: missing parts, a wrong checksum, an early end
-├── ClientClosedError             the client was closed before the call
+├── ClientClosedError             the client, or the stream, was closed before the call
 └── JobEndedError                 the job ended without a result
     ├── JobFailedError            it failed; `reason` and `code` say why
     └── JobCancelledError         it was cancelled
@@ -69,15 +69,15 @@ class ImageNotReadableError(InvalidArgumentError):
 
 
 class NotFoundError(NstError):
-    """The named style or model does not exist."""
+    """The named job, image, style or model does not exist, or no longer."""
 
 
 class AlreadyExistsError(NstError):
-    """The id stands for a style with other images, weights or display name."""
+    """The id stands for a style with other images, weights or display name, or the `request_id` for another request."""
 
 
 class FailedPreconditionError(NstError):
-    """The server is not in a state to do this; its operator can change that."""
+    """The server, or the job, is not in a state for this: `reason` is MODEL_NOT_FETCHED or JOB_ENDED, for instance."""
 
 
 class ResourceExhaustedError(NstError):
@@ -93,13 +93,15 @@ class QueueFullError(ResourceExhaustedError):
 
 
 class MessageTooLargeError(ResourceExhaustedError):
-    """The images are larger than the server takes in one message. Bring smaller ones."""
+    """The images are larger than the server takes in one message. Bring smaller ones, or upload them before."""
 
 
 class UnavailableError(NstError):
     """The server cannot be reached, is starting or is stopping, or the connection broke.
 
-    `address` is where it was sought; `retry_after_s` is the server's advice in seconds, None if it gave none.
+    `address` is where it was sought; `retry_after_s` is the server's advice in seconds, None if it gave none; `job` is
+    the job that the call was about, as it was last seen: it may still be running, and `watch_job` takes it up again.
+    None if there was none yet.
     """
 
     def __init__(
@@ -108,16 +110,18 @@ class UnavailableError(NstError):
         *,
         address: str = "",
         retry_after_s: float | None = None,
+        job: Job | None = None,
         code: str = "",
         reason: str = "",
     ) -> None:
         super().__init__(message, code=code, reason=reason)
         self.address = address
         self.retry_after_s = retry_after_s
+        self.job = job
 
 
 class DeadlineExceededError(NstError, TimeoutError):
-    """The call took longer than its `timeout_s`. A job that was running has been stopped."""
+    """The call took longer than its `timeout_s`. A job that `stylize` had begun is cancelled."""
 
 
 class ServerError(NstError):
@@ -129,7 +133,7 @@ class BrokenStreamError(NstError):
 
 
 class ClientClosedError(NstError):
-    """The client was closed before the call."""
+    """The client, or the stream, was closed before the call. The job, if there was one, goes on."""
 
 
 class JobEndedError(NstError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -20,13 +20,19 @@ PANEL = "Options of the picture"
 CommandT = typing.TypeVar("CommandT", bound=Callable[..., None])
 
 
-def with_option_flags(descriptor: Descriptor, comments: Mapping[str, str]) -> Callable[[CommandT], CommandT]:
-    """Give a command, in place of its `**options`, one keyword parameter for every field of the descriptor."""
+def with_option_flags(
+    descriptor: Descriptor, comments: Mapping[str, str], *, only: Collection[str] | None = None
+) -> Callable[[CommandT], CommandT]:
+    """Give a command, in place of its `**options`, one keyword parameter for every field of the descriptor.
+
+    `only` names the fields, if not all are meant.
+    """
 
     def decorate(command: CommandT) -> CommandT:
         resolved = inspect.signature(command, eval_str=True)
         own = [parameter for parameter in resolved.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        made = [_flag(field, comments.get(field.name, "")) for field in descriptor.fields]
+        fields = [field for field in descriptor.fields if only is None or field.name in only]
+        made = [_flag(field, comments.get(field.name, "")) for field in fields]
         command.__signature__ = resolved.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *made]}
         return command

@@ -17,8 +17,8 @@ from nst_client.files import write_whole
 if TYPE_CHECKING:
     from PIL import Image
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
-"""An image brought along: the path of a file, the bytes of a file, or a PIL image."""
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | Picture"
+"""An image brought along: the path of a file, the bytes of a file, a PIL image, or a picture from a server."""
 
 MAX_FILE_BYTES = 1 << 30
 """No file above this is read: a message of protobuf ends at 2 GiB, and servers take far less."""
@@ -131,7 +131,7 @@ def format_of_path(path: str | os.PathLike[str]) -> ImageFormat:
     return FORMAT_OF_SUFFIX[suffix]
 
 
-def read_image(source: ImageSource, *, field: str) -> bytes:
+def read_image(source: object, *, field: str) -> bytes:
     """Return the bytes of an image file; `field` is the request's field that an error names.
 
     Files and bytes go as they are: the server decodes them and says what is wrong with them. A PIL image becomes
@@ -142,6 +142,8 @@ def read_image(source: ImageSource, *, field: str) -> bytes:
         return bytes(source)
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(source), field=field)
+    if isinstance(source, Picture):
+        return source.data
     if is_pil_image(source):
         return _png_of(source, field=field)
     kind = type(source).__name__

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 from nst_client.client import Client
 from nst_client.errors import InvalidArgumentError
-from nst_client.images import ImageSource, read_image
+from nst_client.images import read_image
 from nst_client.parameters import Parameters, StyleRecord, read_parameters
-from nst_client.resources import Style, StyleInput, StyleName, StyleSource
+from nst_client.requests import image_name
+from nst_client.resources import AnyImage, Style, StyleInput, StyleName, StyleSource
 
 KEPT_BESIDE_A_PRESET = frozenset({"size_px", "seed"})
 """What a preset asked for by name leaves of an example's options."""
@@ -23,9 +24,9 @@ KEPT_BESIDE_A_PRESET = frozenset({"size_px", "seed"})
 class Order:
     """What is going to be asked for."""
 
-    content: ImageSource
+    content: AnyImage
     styles: Sequence[StyleInput]
-    init_image: ImageSource | None
+    init_image: AnyImage | None
     model: str | None
     """None for the server's choice."""
     options: Mapping[str, Any]
@@ -37,7 +38,7 @@ class Order:
         """
         return replace(
             self,
-            content=read_image(self.content, field="content"),
+            content=_read(self.content, field="content"),
             styles=[_read_style(style, field=f"styles[{index}]") for index, style in enumerate(self.styles)],
             init_image=_read_optional(self.init_image, field="init_image"),
         )
@@ -150,7 +151,9 @@ def _sha256s(source: StyleSource, client: Client) -> tuple[str, ...]:
     return (_sha256(source),)
 
 
-def _sha256(source: ImageSource) -> str:
+def _sha256(source: AnyImage) -> str:
+    if (name := image_name(source)) is not None:
+        return name.removeprefix("images/")
     return hashlib.sha256(read_image(source, field="")).hexdigest()
 
 
@@ -161,11 +164,15 @@ def _bare(model: str | None) -> str:
 def _read_style(style: StyleInput, *, field: str) -> StyleInput:
     return replace(
         style,
-        source=style.source if isinstance(style.source, StyleName | Style) else read_image(style.source, field=field),
+        source=style.source if isinstance(style.source, StyleName | Style) else _read(style.source, field=field),
         region=_read_optional(style.region, field=f"{field}.region"),
         style_region=_read_optional(style.style_region, field=f"{field}.style_region"),
     )
 
 
-def _read_optional(source: ImageSource | None, *, field: str) -> bytes | None:
-    return None if source is None else read_image(source, field=field)
+def _read_optional(source: AnyImage | None, *, field: str) -> AnyImage | None:
+    return None if source is None else _read(source, field=field)
+
+
+def _read(source: AnyImage, *, field: str) -> AnyImage:
+    return read_image(source, field=field) if image_name(source) is None else source

@@ -23,6 +23,16 @@ class PartBuffer:
         """Whether no picture has begun without being whole."""
         return self._shape is None
 
+    @property
+    def received_bytes(self) -> int:
+        """How much there is of a picture that is not whole yet."""
+        return len(self._data)
+
+    def clear(self) -> None:
+        """Drop a picture that is not whole."""
+        self._data.clear()
+        self._shape = None
+
     def add(self, part: image_pb2.ImagePart, *, of: object) -> dict[str, Any] | None:
         """Return the fields of `Picture` once the part makes it whole, else None.
 
@@ -47,7 +57,6 @@ class PartBuffer:
                 f"an image of {len(data)} bytes arrived damaged: {part.total_bytes} bytes with"
                 f" SHA-256 {part.sha256 or '(none)'} were announced"
             )
-        self._data.clear()
-        self._shape = None
+        self.clear()
         kind = named(ImageFormat, image_pb2.ImageFormat.DESCRIPTOR, part.format)
         return {"data": data, "format": kind, "width": part.width, "height": part.height}

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from nst.v1 import image_pb2, style_service_pb2, style_transfer_service_pb2
+from nst.v1 import image_pb2, job_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client.errors import InvalidArgumentError
-from nst_client.images import ImageSource, read_image
+from nst_client.images import read_image
 from nst_client.options import choice_number, options_message
-from nst_client.resources import Encoding, Preview, Style, StyleInput, StyleName, StyleSource, Weighted
+from nst_client.resources import (
+    AnyImage,
+    Encoding,
+    ImageName,
+    Job,
+    JobResult,
+    JobState,
+    Preview,
+    StoredImage,
+    Style,
+    StyleInput,
+    StyleName,
+    StyleSource,
+    Weighted,
+)
 
 AnyStyle: TypeAlias = "StyleSource | Weighted[StyleSource] | StyleInput"
 """A style alone, with its weight, or with its weight and regions."""
@@ -19,33 +33,144 @@ AnyStyle: TypeAlias = "StyleSource | Weighted[StyleSource] | StyleInput"
 Styles: TypeAlias = "AnyStyle | Iterable[AnyStyle]"
 """One style or several."""
 
-StyleImages: TypeAlias = "ImageSource | Weighted[ImageSource] | Iterable[ImageSource | Weighted[ImageSource]]"
+StyleImages: TypeAlias = "AnyImage | Weighted[AnyImage] | Iterable[AnyImage | Weighted[AnyImage]]"
 """One image or several, each with or without a weight."""
 
 IMAGE_FORMAT = image_pb2.DESCRIPTOR.enum_types_by_name["ImageFormat"]
 
+STEERABLE = frozenset(
+    {
+        "content_weight",
+        "style_weight",
+        "tv_weight",
+        "laplacian_weight",
+        "content_layers",
+        "style_layers",
+        "iterations",
+        "scale_iterations",
+    }
+)
+"""The options that a job may be given anew; see the contract's UpdateJobRequest."""
+
+MAX_REQUEST_BYTES = 24 << 20
+"""Images that would make a request larger are uploaded before it: servers take 32 MiB unless set otherwise."""
+
 
 def stylize_request(
-    content: ImageSource,
+    content: AnyImage,
     styles: Styles,
     *,
-    init_image: ImageSource | None,
+    init_image: AnyImage | None,
     model: str | None,
     preview: Preview | None,
     output: Encoding | str | None,
+    request_id: str | None,
     options: Mapping[str, object],
 ) -> style_transfer_service_pb2.StylizeRequest:
-    """Return the request of Stylize. Raises InvalidArgumentError and its kind, before anything is sent."""
+    """Return the request of Stylize, for a job that outlives its stream; without a `request_id` it gets a new one.
+
+    Raises InvalidArgumentError and its kind, before anything is sent.
+    """
     # The options first: a misspelt name should not wait for a large file to be read.
     return style_transfer_service_pb2.StylizeRequest(
         options=options_message(options),
-        preview=None if preview is None else _preview(preview),
+        preview=preview_message(preview),
+        request_id=new_request_id() if request_id is None else request_id,
+        cancel_on_disconnect=False,
         output=None if output is None else _encoding(output, field="output"),
         model=model,
         styles=[_style_input(style, field=f"styles[{index}]") for index, style in enumerate(_listed(styles))],
         content=_image(content, field="content"),
         init_image=_optional_image(init_image, field="init_image"),
     )
+
+
+def new_request_id() -> str:
+    """Return a name for a request that no other has: 128 bits by chance, as 32 hexadecimal digits."""
+    return os.urandom(16).hex()
+
+
+def images_to_upload(request: style_transfer_service_pb2.StylizeRequest) -> Iterator[tuple[str, image_pb2.Image]]:
+    """Yield the images that are to be replaced by names, each with its field, until the request is small enough.
+
+    The largest come first.
+    """
+    images = [("content", request.content), ("init_image", request.init_image)]
+    for index, style in enumerate(request.styles):
+        field = f"styles[{index}]"
+        images += [
+            (field, style.image),
+            (f"{field}.region", style.region),
+            (f"{field}.style_region", style.style_region),
+        ]
+    for field, image in sorted(images, key=lambda entry: len(entry[1].data), reverse=True):
+        if request.ByteSize() <= MAX_REQUEST_BYTES:
+            return
+        yield field, image
+
+
+def watch_request(
+    job: str | Job, *, after_sequence: int, preview: Preview | None
+) -> style_transfer_service_pb2.WatchJobRequest:
+    """Return the request of WatchJob. Raises InvalidArgumentError."""
+    if isinstance(after_sequence, bool) or not isinstance(after_sequence, int) or not 0 <= after_sequence < 2**63:
+        raise InvalidArgumentError(
+            f"after_sequence must be a whole number, 0 at least, not {after_sequence!r}", field="after_sequence"
+        )
+    return style_transfer_service_pb2.WatchJobRequest(
+        name=job_name(job), after_sequence=after_sequence, preview=preview_message(preview)
+    )
+
+
+def update_request(
+    job: str | Job, *, paused: bool | None, finish: bool, options: Mapping[str, object]
+) -> style_transfer_service_pb2.UpdateJobRequest:
+    """Return the request of UpdateJob. Raises InvalidArgumentError and its kind."""
+    changes = options_message(options)
+    return style_transfer_service_pb2.UpdateJobRequest(
+        name=job_name(job),
+        options=changes if options else None,
+        paused=paused,  # type: ignore[arg-type]
+        finish=finish,
+    )
+
+
+def list_jobs_request(states: Iterable[JobState | str]) -> style_transfer_service_pb2.ListJobsRequest:
+    """Return the request of ListJobs' first page. Raises InvalidArgumentError."""
+    # A single state could be iterated too, letter by letter.
+    chosen = [states] if isinstance(states, str) else list(states)
+    chosen_numbers: Any = [
+        choice_number(job_pb2.JobState.DESCRIPTOR, state, field=f"states[{index}]")
+        for index, state in enumerate(chosen)
+    ]
+    return style_transfer_service_pb2.ListJobsRequest(states=chosen_numbers)
+
+
+def job_name(job: str | Job) -> str:
+    """Return the name to send for a job: with `jobs/`, whether or not a string has it."""
+    return job.name if isinstance(job, Job) else f"jobs/{job.removeprefix('jobs/')}"
+
+
+def image_name(image: object) -> str | None:
+    """Return the name of an image on the server; None for one that is brought along."""
+    match image:
+        case ImageName() | StoredImage():
+            return image.name
+        case JobResult():
+            return image.image
+    return None
+
+
+def stored_image_name(image: str | AnyImage) -> str:
+    """Return the name to send for an image on the server; a plain string is a name here.
+
+    Raises InvalidArgumentError for an image that is not on it.
+    """
+    name = image if isinstance(image, str) else image_name(image)
+    if name is None:
+        kind = type(image).__name__
+        raise InvalidArgumentError(f"image must be the name of an image on the server, not {kind}", field="image")
+    return name
 
 
 def create_style_request(
@@ -79,11 +204,13 @@ def _weight(weight: object, *, field: str) -> float | None:
     return float(weight)
 
 
-def _image(source: ImageSource, *, field: str) -> image_pb2.Image:
+def _image(source: Any, *, field: str) -> image_pb2.Image:
+    if (name := image_name(source)) is not None:
+        return image_pb2.Image(name=name)
     return image_pb2.Image(data=read_image(source, field=field))
 
 
-def _optional_image(source: ImageSource | None, *, field: str) -> image_pb2.Image | None:
+def _optional_image(source: AnyImage | None, *, field: str) -> image_pb2.Image | None:
     return None if source is None else _image(source, field=field)
 
 
@@ -97,7 +224,7 @@ def _style_input(given: AnyStyle, *, field: str) -> style_transfer_service_pb2.S
     if isinstance(style.source, StyleName | Style):
         message.style = style.source.name
     else:
-        message.image.data = read_image(style.source, field=field)
+        message.image.CopyFrom(_image(style.source, field=field))
     return message
 
 
@@ -110,17 +237,21 @@ def _with_all_fields(style: AnyStyle) -> StyleInput:
     return StyleInput(style)
 
 
-def _style_image(given: ImageSource | Weighted[ImageSource], *, field: str) -> style_service_pb2.StyleImage:
+def _style_image(given: AnyImage | Weighted[AnyImage], *, field: str) -> style_service_pb2.StyleImage:
     source, weight = (given.source, given.weight) if isinstance(given, Weighted) else (given, None)
     return style_service_pb2.StyleImage(image=_image(source, field=field), weight=_weight(weight, field=field))
 
 
-def _preview(preview: Preview) -> style_transfer_service_pb2.Preview:
+def preview_message(preview: Preview | None) -> style_transfer_service_pb2.Preview | None:
+    """Return the message for which frames are wanted. Raises InvalidArgumentError."""
+    if preview is None:
+        return None
     encoding = None if preview.encoding is None else _encoding(preview.encoding, field="preview.encoding")
     return style_transfer_service_pb2.Preview(
         interval=_whole(preview.interval, field="preview.interval"),
         size_px=_whole(preview.size_px, field="preview.size_px"),
         encoding=encoding,
+        every_frame=preview.every_frame,
     )
 
 

@@ -25,6 +25,8 @@ class JobState(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    PAUSED = "paused"
+    """Its caller wants it to wait."""
 
     @property
     def is_terminal(self) -> bool:
@@ -43,6 +45,8 @@ class StopReason(StrEnum):
     """The loss became infinite or NaN for good; the result is the best picture seen until then."""
     CONVERGED = "converged"
     """No further iteration would have changed the picture."""
+    FINISHED = "finished"
+    """The caller said that it is enough; the result is the best picture until then."""
 
 
 class ModelState(StrEnum):
@@ -107,6 +111,22 @@ class JobFailure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """The result of a job, as the server keeps it: to be downloaded, or to be an image of another job."""
+
+    image: str
+    """Resource name, `images/{sha256}`."""
+    total_bytes: int
+    """Length of the file."""
+    iteration: int
+    """The iteration whose picture it is."""
+    loss: float
+    """The objective at that picture."""
+    stop_reason: StopReason
+    """Why the optimization ended there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """The making of one picture, as it stood when the server told of it."""
 
@@ -137,6 +157,34 @@ class Job:
     """The newest numbers; None before the first."""
     error: JobFailure | None
     """Why it failed; None unless it did."""
+    result: JobResult | None
+    """None unless it succeeded."""
+    attempt: int
+    """Which attempt at it this is, from 1; 0 before it got a device."""
+    estimated_start_time: datetime | None
+    """When it will probably get a device, UTC; None unless it is queued."""
+    sequence: int
+    """The number of its last event."""
+    request_id: str
+    """The caller's own name for the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredImage:
+    """An image on the server. Give it as it is wherever an image is asked for."""
+
+    name: str
+    """Resource name, `images/{sha256}`."""
+    total_bytes: int
+    """Length of the file."""
+    width: int
+    """Pixels, after any EXIF rotation."""
+    height: int
+    """Pixels, after any EXIF rotation."""
+    media_type: str
+    """`image/jpeg` for instance."""
+    create_time: datetime | None
+    """When it came, UTC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +306,19 @@ class StyleName:
     name: str
 
 
+@dataclass(frozen=True)
+class ImageName:
+    """The name of an image on the server: `ImageName("images/{sha256}")`.
+
+    A plain string would be the path of a file.
+    """
+
+    name: str
+
+
+AnyImage: TypeAlias = "ImageSource | ImageName | StoredImage | JobResult"
+"""An image brought along, or one on the server: uploaded, or the result of a job."""
+
 SourceT = TypeVar("SourceT")
 
 
@@ -272,8 +333,8 @@ class Weighted(Generic[SourceT]):
     weight: float
 
 
-StyleSource: TypeAlias = "ImageSource | StyleName | Style"
-"""A style for `stylize`: an image brought along, or a style kept on the server."""
+StyleSource: TypeAlias = "AnyImage | StyleName | Style"
+"""A style for `stylize`: an image, or a style kept on the server."""
 
 
 @dataclass(frozen=True)
@@ -287,10 +348,10 @@ class StyleInput:
     _: KW_ONLY
     weight: float | None = None
     """Share in a mixture, as in `Weighted`; None for the server's, 1."""
-    region: ImageSource | None = None
+    region: AnyImage | None = None
     """Where in the picture the style belongs: a mask of the photograph's proportions; None for all that the other
     styles' regions leave."""
-    style_region: ImageSource | None = None
+    style_region: AnyImage | None = None
     """Which part of the style image to take the style from: a mask of its proportions; None for all of it. Only for a
     style of one image."""
 
@@ -316,6 +377,8 @@ class Preview:
     size_px: int | None = None
     """Longer edge, pixels; never more than the picture's."""
     encoding: Encoding | None = None
+    every_frame: bool = False
+    """Leave none out, however slowly they are read: those that wait are kept on the server's disk."""
 
 
 NO_PREVIEW = Preview(interval=0)

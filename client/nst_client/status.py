@@ -34,6 +34,14 @@ TOO_LARGE = re.compile(
     r"(?P<end>CLIENT|SERVER)?:? ?Received message larger than max \((?P<size>\d+) vs\. (?P<limit>\d+)\)"
 )
 
+NEVER_REACHED = re.compile("failed to connect to all addresses|DNS resolution failed|errors resolving")
+"""gRPC's own words for a connection that never stood; there is no other sign of it."""
+
+BROKEN = re.compile("RST_STREAM|GOAWAY|stream removed|socket closed|connection reset", re.IGNORECASE)
+"""gRPC's own words for a call that broke on the way, which comes under several statuses."""
+
+BROKEN_STATUSES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+
 MEBIBYTE = 1 << 20
 
 
@@ -44,8 +52,6 @@ class _Status:
     code: grpc.StatusCode
     message: str
     address: str
-    connected: bool
-    """Whether the server had answered before."""
     job: Job | None
     reason: str = ""
     """Of the detail ErrorInfo, which only this service's own errors have."""
@@ -55,19 +61,20 @@ class _Status:
     """Of the detail RetryInfo."""
 
 
-def nst_error(error: grpc.RpcError, *, address: str, connected: bool = False, job: Job | None = None) -> NstError:
+def nst_error(error: grpc.RpcError, *, address: str, job: Job | None = None) -> NstError:
     """Return the exception for an error of gRPC: a call's (sync or async) after it has ended.
 
-    `connected` tells whether the server had answered before; `job` is the job the call was about.
+    `job` is the job that the call was about.
     """
     status = _Status(
         code=error.code(),
         message=error.details() or error.code().name,
         address=address,
-        connected=connected,
         job=job,
         **_details(error),
     )
+    if status.code in BROKEN_STATUSES and not status.reason and BROKEN.search(status.message):
+        return _unavailable(status)
     return EXCEPTIONS.get(status.code, _server_error)(status)
 
 
@@ -120,7 +127,8 @@ def _too_large(status: _Status, match: re.Match[str]) -> NstError:
     if match["end"] == "CLIENT":
         return BrokenStreamError(f"the server sent a message of {size}; gRPC takes {limit}", code=status.code.name)
     return MessageTooLargeError(
-        f"the images need a request of {size}, and the server at {status.address} takes {limit}: bring smaller ones",
+        f"the images need a request of {size}, and the server at {status.address} takes {limit}:"
+        " bring smaller ones, or upload them before",
         code=status.code.name,
     )
 
@@ -129,12 +137,15 @@ def _unavailable(status: _Status) -> NstError:
     # The server's own refusals carry ErrorInfo; what has none came from the network.
     if status.reason:
         message = f"the server at {status.address} is not available: {status.message}"
-    elif status.connected:
-        message = f"the connection to the server at {status.address} broke: {status.message}"
-    else:
+    elif NEVER_REACHED.search(status.message):
         message = f"cannot reach a server at {status.address}: {status.message}"
+    else:
+        message = f"the connection to the server at {status.address} broke: {status.message}"
+    if status.job is not None:
+        message += f"; {status.job.name} may still be running"
     return UnavailableError(
         message,
+        job=status.job,
         address=status.address,
         retry_after_s=status.retry_after_s,
         code=status.code.name,
@@ -143,7 +154,8 @@ def _unavailable(status: _Status) -> NstError:
 
 
 def _deadline_exceeded(status: _Status) -> NstError:
-    message = f"the call to {status.address} took longer than its time limit"
+    what = "the call" if status.job is None else status.job.name
+    message = f"{what} took longer than its time limit at {status.address}"
     return DeadlineExceededError(message, code=status.code.name, reason=status.reason)
 
 

@@ -12,9 +12,11 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from nst_server.errors import RequestError
 from nst_server.executor import ExecutorUnavailable
-from nst_server.server import AddressInUse, Server
+from nst_server.server import AddressInUse, DataFolderInUse, Server
 from nst_server.settings import Settings, load_settings
+from nst_server.storage.faults import SchemaNewer
 
 
 def main() -> None:
@@ -24,7 +26,9 @@ def main() -> None:
     except ValidationError as error:
         for problem in error.errors():
             reason = problem["msg"].removeprefix("Value error, ")
-            print(f"nst-server: {'.'.join(map(str, problem['loc']))}: {reason}", file=sys.stderr)
+            where = "".join(f"{part}: " for part in problem["loc"])
+            given = problem["input"] if problem["loc"] and isinstance(problem["input"], str | int | float) else None
+            print(f"nst-server: {where}{reason}{'' if given is None else f', not {given!r}'}", file=sys.stderr)
         sys.exit(2)
     except (SettingsError, FileNotFoundError) as error:
         print(f"nst-server: {error}", file=sys.stderr)
@@ -32,7 +36,15 @@ def main() -> None:
     configure_log(settings.log_format)
     try:
         asyncio.run(serve(settings))
-    except (AddressInUse, ExecutorUnavailable, OSError) as error:
+    except (
+        AddressInUse,
+        DataFolderInUse,
+        ExecutorUnavailable,
+        ModuleNotFoundError,
+        OSError,
+        RequestError,
+        SchemaNewer,
+    ) as error:
         print(f"nst-server: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -70,17 +82,18 @@ async def _run(server: Server, stopping: asyncio.Event) -> None:
 
 
 def configure_log(log_format: str) -> None:
-    """Send the log to standard error."""
+    """Send the log to standard error. Local variables are left out: pictures and passwords are among them."""
     processors: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.dict_tracebacks,
     ]
     match log_format:
         case "json":
-            processors.append(structlog.processors.JSONRenderer())
+            dictionaries = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            processors += [structlog.processors.ExceptionRenderer(dictionaries), structlog.processors.JSONRenderer()]
         case _:
-            processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+            plain = structlog.dev.plain_traceback
+            processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain))
     structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 

@@ -5,79 +5,89 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import structlog
+
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
-from nst_model.options import plain
+from nst_model.memory import largest_size_px, peak_bytes
+from nst_model.options import plain, steered
 from nst_server import images
-from nst_server.errors import InvalidField, ModelNotFetched, NotFound
+from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
+from nst_server.frames import PreviewSpec
 from nst_server.gram_cache import GramCache
-from nst_server.images import Encoding
-from nst_server.jobs import Job, JobSpec, PreviewSpec
+from nst_server.images import Encoding, ImageFormat
+from nst_server.jobs import Event, Job, JobSnapshot, JobSpec, JobState
+from nst_server.ledger import Ledger
 from nst_server.messages import PrepareTask, StyleImage
-from nst_server.scheduler import Scheduler
+from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source, fingerprint
+from nst_server.scheduler import STOPPING, Scheduler
 from nst_server.settings import Settings
 from nst_server.styles import StoredImage, Style, StyleStore
 
 if TYPE_CHECKING:
     from nst_server.images import Mask, Pixels
 
+log = structlog.get_logger()
+
 MAX_STYLES = 16
 MAX_STYLE_IMAGES = 32
 MAX_STYLE_SIZE_PX = 4096
 MAX_DISPLAY_NAME = 200
+GIB = 2**30
+
+TEND_S = 2.0
+"""How often a server that shares its database looks after its leases; far less than a lease lasts."""
+
+FLUSH_S = 5.0
+"""How long the last events may take to be written at a stop."""
+
+UPDATE, CANCEL = "update", "cancel"
+"""What one server may want of another: a JobUpdate, or an end."""
+
+EVERYBODY = ""
+"""Whose the jobs and images are: all callers see all of them."""
+
+NO_PREVIEW = PreviewSpec(0, images.MIN_EDGE_PX, Encoding(ImageFormat.JPEG, 1))
+
 PAGE_TOKEN = "after:"
+NO_TOKEN = "is not the next_page_token of a previous response"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class JobStyle:
-    """A style of a request: the name of a stored one, or an image file."""
-
-    weight: float
-    name: str = ""
-    data: bytes = b""
-    region: bytes | None = None
-    style_region: bytes | None = None
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What a caller asks for; the image files are not looked into yet."""
-
-    content: bytes
-    styles: Sequence[JobStyle]
-    model: str
-    options: StylizeOptions
-    preview: PreviewSpec
-    output: Encoding
-    init_image: bytes = b""
 
 
 class Application:
     """The application core. Its methods run on the event loop and raise RequestError for what they refuse."""
 
-    def __init__(self, settings: Settings, scheduler: Scheduler) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
-        self._scheduler = scheduler
+        self._ledger = ledger
+        self._alone = not settings.database  # the data folder is locked
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs: dict[str, Job] = {}  # those that have not ended
+        self._accepting: set[asyncio.Task[Job]] = set()
+        self._elsewhere: weakref.WeakSet[Job] = weakref.WeakSet()  # other servers' that are watched here
+        self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
         self._styles = StyleStore(settings.data_dir / "styles")
         self._grams = GramCache(settings.data_dir / "grams")
         self._styles.clean()
         # A pool of its own: a flood of large pictures must not hold up frames, results and the workers' pipes.
+        self._stopped = False
         self._decoding = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def place(self) -> AbstractContextManager[None]:
@@ -85,23 +95,245 @@ class Application:
 
         Raises QueueFull or Stopping at once, so that a server with no place spends nothing on a request.
         """
-        return self._scheduler.place()
+        return self.scheduler.place()
 
-    async def stylize(self, request: JobRequest) -> Job:
-        """Check a request for which a place is held, and queue its job. Raises RequestError, having started nothing."""
-        job = Job(await self._decode(self._checked, request))
-        self._scheduler.submit(job)
+    async def take_up(self) -> None:
+        """Queue what servers that are gone have left undone, and go on doing so where there may be others."""
+        await self._claim(alone=self._alone)
+        if not self._alone:
+            self._begin(self._tend())
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more jobs, keep what those that run have done, and end every stream; see `Scheduler.stop`."""
+        for job in list(self._jobs.values()):
+            if job.state is not JobState.RUNNING:  # nothing will happen to it here any more
+                job.lost(STOPPING)
+        await self.scheduler.stop(grace_s)
+        with contextlib.suppress(TimeoutError):  # a store that takes nothing must not hold up the end
+            async with asyncio.timeout(FLUSH_S):
+                await self._ledger.journal.flush()
+        for task in self._tasks:
+            task.cancel()
+        for job in (*self._jobs.values(), *self._elsewhere):
+            job.lost(STOPPING)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._stopped = True
+        self._decoding.shutdown(wait=False, cancel_futures=True)
+
+    async def create_job(self, request: JobRequest, caller: str = "", *, owned: bool = False) -> Job:
+        """Check a request for which a place is held, and queue its job; return the one it made if it came before.
+
+        The jobs that wait of each `caller` take turns with those of others.
+        Who is cancelled while the job is being stored leaves it to go on, or, if it is `owned`, to be cancelled.
+        Raises RequestError, having started nothing.
+        """
+        request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
+        described, files = request.stored()
+        sha256 = fingerprint(described)
+        if request.request_id and (there := await self._ledger.find(EVERYBODY, request.request_id, sha256)):
+            return await self._known(there)
+        spec = await self._decode(self._checked, request)
+        snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
+        for name, data in files.items():
+            kind = await self._decode(images.kind_of, data)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name)
+        if self.scheduler.stopping:
+            raise STOPPING
+        job = Job(snapshot, self._ledger, spec, caller=caller)
+        self._accepting.add(accepting := asyncio.create_task(self._accept(job, described, sha256, list(files))))
+        accepting.add_done_callback(self._accepting.discard)
+        try:
+            return await self._known(await asyncio.shield(accepting))
+        except asyncio.CancelledError:  # what is being written will be there nevertheless
+            accepting.add_done_callback(functools.partial(self._left, owned=owned))
+            raise
+
+    async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> Job:
+        """Store a new job and queue it; return it, or the one that is there for its `request_id`."""
+        record, new = await self._ledger.create(job.now, request, sha256, images, EVERYBODY)
+        if not new:
+            return self._ledger.job(record)
+        if self.scheduler.stopping:  # the next server has it
+            job.lost(STOPPING)
+        else:
+            self._hold(job)
+            self.scheduler.submit(job)
         return job
+
+    def _left(self, accepting: asyncio.Task[Job], *, owned: bool) -> None:
+        """Note that the caller of a job left before it was stored."""
+        if not accepting.cancelled() and accepting.exception() is None and owned:
+            self.cancel(accepting.result())
+
+    async def get_job(self, name: str) -> Job:
+        """Return a job. Raises NotFound."""
+        name = f"jobs/{name.removeprefix('jobs/')}"
+        return self._jobs.get(name) or await self._known(await self._ledger.get(name))
+
+    async def list_jobs(self, states: Sequence[JobState], page_size: int, page_token: str) -> tuple[list[Job], str]:
+        """Return a page of the jobs, the newest first, and the token of the next. Raises InvalidField."""
+        jobs = await self._ledger.page(EVERYBODY, states, page_size + 1, _job_token(page_token))
+        more = jobs[page_size:]
+        page = [self._jobs.get(job.name, job) for job in jobs[:page_size]]
+        return page, _token(f"{page[-1].now.create_time.isoformat()} {page[-1].name}") if more else ""
+
+    async def update_job(self, name: str, update: JobUpdate) -> Job:
+        """Change a job, and return when that is so, and durable: a worker obeys after the evaluation that it is at.
+
+        Raises NotFound, JobEnded, InvalidField, QueueFull, Stopping.
+        """
+        job = await self.get_job(name)
+        if job.state.terminal:
+            raise JobEnded(f"{job.name} is {job.state} and changes no more")
+        options = self.scheduler.options(job)
+        if update.changes:
+            try:
+                options = steered(options, update.changes)
+                options.check_layers(model_card(job.now.model).architecture.layers)
+            except InvalidOption as error:
+                raise InvalidField(f"options.{error.field}", error.reason) from error
+        if job.elsewhere:
+            await self._ledger.command(job, {UPDATE: dataclasses.asdict(update)})
+            return job
+        done = []
+        if update.finish:  # first what may be refused
+            done.append(self.scheduler.finish(job))
+        elif update.paused is False:
+            self.scheduler.resume(job)
+        if update.changes:
+            done.append(self.scheduler.steer(job, options, update.changes))
+        if update.paused and not update.finish:
+            done.append(self.scheduler.pause(job))
+        for wait in done:
+            if wait is not None:
+                await asyncio.shield(wait)
+        await self._ledger.journal.flush()
+        job.check()
+        return job
+
+    async def cancel_job(self, name: str) -> Job:
+        """End a job, if it has not ended yet, and return it. Raises NotFound."""
+        job = await self.get_job(name)
+        if job.elsewhere and not job.state.terminal:
+            await self._ledger.command(job, {CANCEL: True})
+            async with contextlib.aclosing(job.watch(NO_PREVIEW, job.snapshot().sequence)) as events:
+                async for _ in events:
+                    continue
+            return await self.get_job(name)
+        self.scheduler.cancel(job)
+        await job.ended()
+        job.check()
+        return job
+
+    async def delete_job(self, name: str) -> None:
+        """Delete a job, ending it first. Raises NotFound."""
+        job = await self.cancel_job(name)
+        await self._ledger.delete(job.name)
+
+    def watch(self, job: Job, preview: PreviewSpec, after: int = 0) -> AsyncGenerator[Event]:
+        """Return what happens to a job after an event; see `Job.watch`."""
+        if job.elsewhere:
+            self._elsewhere.add(job)
+        elif preview.every_frame and preview.interval:
+            self.scheduler.every_frame(job)
+        return job.watch(preview, after)
 
     def cancel(self, job: Job) -> None:
         """End a job that nobody wants any more; does nothing if it has ended."""
-        self._scheduler.cancel(job)
+        if not job.elsewhere:
+            self.scheduler.cancel(job)
+        elif not job.state.terminal:
+            self._begin(self._cancel_elsewhere(job))
 
-    async def create_style(self, style_id: str, display_name: str, files: Sequence[tuple[bytes, float]]) -> Style:
+    async def _cancel_elsewhere(self, job: Job) -> None:
+        try:
+            await self._ledger.command(job, {CANCEL: True})
+        except RequestError as error:
+            log.info("job not cancelled", job=job.name, error=str(error))
+
+    async def _known(self, job: Job) -> Job:
+        """Return a stored job as this server has it; the archive tells of one that it does not have."""
+        if self._accepting:  # it may be one of them, stored and not yet queued
+            await asyncio.wait(self._accepting)
+        job.elsewhere = job.name not in self._jobs
+        return self._jobs.get(job.name, job)
+
+    def _hold(self, job: Job) -> None:
+        """Answer for a job until it has ended, or another server has it."""
+
+        async def forget() -> None:
+            await job.ended()
+            if job.gone:
+                self.scheduler.drop(job)
+            del self._jobs[job.name]
+
+        self._jobs[job.name] = job
+        self._begin(forget())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(self._tasks.discard)
+
+    async def _claim(self, *, alone: bool) -> None:
+        for job in await self._ledger.claim(alone=alone):
+            log.info("job taken up", job=job.name, state=job.state, sequence=job.now.sequence)
+            self._hold(job)
+            if job.state is JobState.RUNNING:
+                job.queued()
+            if job.state is JobState.QUEUED:
+                self.scheduler.submit(job)
+
+    async def _tend(self) -> None:
+        """Prolong leases, do what callers of other servers want, and take up what those servers leave behind."""
+        while True:
+            await asyncio.sleep(TEND_S)
+            try:
+                here = list(self._jobs.values())
+                held = await self._ledger.renew()
+                for job in here:
+                    if job.name not in held and not job.state.terminal:
+                        job.lost(Moved(f"{job.name} has been taken over by another server"))
+                for name, command in held.items():
+                    if command is not None:
+                        self._begin(self._obey(name, command))
+                await self._claim(alone=False)
+            except RequestError as error:
+                log.error("leases not renewed", error=str(error))
+            except Exception:  # without leases everything here would be another server's soon
+                log.exception("leases not renewed")
+
+    async def _obey(self, name: str, command: Mapping[str, Any]) -> None:
+        if (job := self._jobs.get(name)) is None:
+            return
+        try:
+            if CANCEL in command:
+                self.scheduler.cancel(job)
+            else:
+                await self.update_job(name, JobUpdate(**command[UPDATE]))
+        except RequestError as error:  # it was checked when it was given, and the job has moved on since
+            log.info("command came too late", job=name, error=str(error))
+
+    async def _load(self, job: Job) -> None:
+        """Make the spec of a job out of its stored request."""
+        request = await (await self._ledger.request(job)).resolved(self._file)
+        job.spec = await self._decode(self._checked, request)
+
+    async def _file(self, source: ImageName, field: str) -> bytes:
+        """Return the file of an image on this server. Raises NotFound."""
+        return await self._ledger.image_file(source.name, f"{field}.name")
+
+    async def create_style(self, style_id: str, display_name: str, sources: Sequence[tuple[Source, float]]) -> Style:
         """Store a style; its Gram matrices for the defaults are computed when a device is idle."""
+        files = [
+            (
+                await self._file(source, f"style.images[{index}].image") if isinstance(source, ImageName) else source,
+                weight,
+            )
+            for index, (source, weight) in enumerate(sources)
+        ]
         style, pictures = await self._decode(self._create_style, style_id, display_name, files)
         for picture in pictures:
-            self._scheduler.prepare(PrepareTask(style.name, self._settings.default_model, (picture,), StylizeOptions()))
+            self.scheduler.prepare(PrepareTask(style.name, self._settings.default_model, (picture,), StylizeOptions()))
         return style
 
     async def get_style(self, name: str) -> Style:
@@ -142,6 +374,8 @@ class Application:
         return self._settings.default_model
 
     async def _decode(self, work: Callable[..., T], *arguments: object) -> T:
+        if self._stopped:
+            raise STOPPING
         return await asyncio.get_running_loop().run_in_executor(self._decoding, work, *arguments)
 
     def _checked(self, request: JobRequest) -> JobSpec:
@@ -156,9 +390,10 @@ class Application:
             options.check_layers(card.architecture.layers)
         except InvalidOption as error:
             raise InvalidField(f"options.{error.field}", error.reason) from error
-        picture = images.decode_with_alpha(request.content, "content.data", self._max_pixels)
+        picture = images.decode_with_alpha(_resolved(request.content), "content.data", self._max_pixels)
         content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         height, width = content.shape[:2]
+        self._check_memory(options, height, width, card)
         styles, described = self._job_styles(request.styles, options, (width, height))
         return JobSpec(
             model=card.name,
@@ -172,6 +407,18 @@ class Application:
             parameters=self._parameters(card.name, request, described),
         )
 
+    def _check_memory(self, options: StylizeOptions, height: int, width: int, card: ModelCard) -> None:
+        """Refuse a job that cannot fit, rather than let it fail after it has waited."""
+        limit = self._settings.memory_gib * GIB or self.scheduler.memory_bytes()
+        needed = peak_bytes(options, height, width, card.architecture)
+        if limit and needed > limit:
+            fitting = largest_size_px(options, height, width, card.architecture, limit)
+            raise InvalidField(
+                "options.size_px",
+                f"{options.size_px} px would take about {needed / GIB:.1f} GiB of memory, of which a job may take "
+                f"{limit / GIB:.1f} GiB here: with these options at most {fitting} px fit",
+            )
+
     def _parameters(self, model: str, request: JobRequest, styles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what a result's file says of its request, ready for JSON; see the contract's Encoding."""
         return {
@@ -179,7 +426,7 @@ class Application:
             "model": model,
             "model_sha256": self._weights_sha256(model),
             "options": plain(request.options),
-            "content_sha256": hashlib.sha256(request.content).hexdigest(),
+            "content_sha256": hashlib.sha256(_resolved(request.content)).hexdigest(),
             "styles": styles,
             **_hashes(init_image_sha256=request.init_image or None),
         }
@@ -187,13 +434,13 @@ class Application:
     def _start(self, request: JobRequest, size: tuple[int, int]) -> Pixels | None:
         if request.options.init is not Init.IMAGE:
             return None
-        picture = images.decode_with_alpha(request.init_image, "init_image.data", self._max_pixels)
+        picture = images.decode_with_alpha(_resolved(request.init_image), "init_image.data", self._max_pixels)
         return images.stretch(picture, size)
 
-    def _mask(self, data: bytes | None, size: tuple[int, int], field: str) -> Mask | None:
-        if data is None:
+    def _mask(self, source: Source | None, size: tuple[int, int], field: str) -> Mask | None:
+        if source is None:
             return None
-        return images.mask(images.decode(data, f"{field}.data", self._max_pixels), size, f"{field}.data")
+        return images.mask(images.decode(_resolved(source), f"{field}.data", self._max_pixels), size, f"{field}.data")
 
     def _job_styles(
         self, styles: Sequence[JobStyle], options: StylizeOptions, size: tuple[int, int]
@@ -234,20 +481,28 @@ class Application:
                 )
         return tuple(found), described
 
+    def _with_stored_styles(self, request: JobRequest) -> JobRequest:
+        """Return a request with the files of the stored styles that it names."""
+        return dataclasses.replace(
+            request, styles=[self._with_files(style, f"styles[{n}].style") for n, style in enumerate(request.styles)]
+        )
+
+    def _with_files(self, style: JobStyle, field: str) -> JobStyle:
+        if not style.name or style.files:
+            return style
+        stored = self._styles.get(style.name, field)
+        files = self._styles.files(stored, field)
+        weighted = tuple((data, image.weight) for data, image in zip(files, stored.images, strict=True))
+        return dataclasses.replace(style, name=stored.name, files=weighted)
+
     def _style_files(
         self, style: JobStyle, share: float, field: str
     ) -> tuple[list[tuple[bytes, float, str]], dict[str, Any]]:
         """Return a style's image files, each with its share and its field, and what the result's file says of them."""
-        if style.name:
-            place = f"{field}.style"
-            stored = self._styles.get(style.name, place)
-            inner = _shares([image.weight for image in stored.images], place)
-            files = [
-                (data, share * part, place) for data, part in zip(self._styles.files(stored, place), inner, strict=True)
-            ]
-            name = {"name": stored.name}
-        else:
-            files, name = [(style.data, share, f"{field}.image.data")], {}
+        place = f"{field}.style" if style.name else f"{field}.image.data"
+        inner = _shares([weight for _, weight in style.files], place)
+        files = [(_resolved(source), share * part, place) for (source, _), part in zip(style.files, inner, strict=True)]
+        name = {"name": style.name} if style.name else {}
         sha256 = [hashlib.sha256(data).hexdigest() for data, _, _ in files]
         masks = _hashes(region_sha256=style.region, style_region_sha256=style.style_region)
         return files, {"sha256": sha256, "weight": style.weight, **name, **masks}
@@ -299,9 +554,14 @@ def _file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _hashes(**files: bytes | None) -> dict[str, str]:
+def _resolved(source: Source) -> bytes:
+    assert isinstance(source, bytes), "resolved before"
+    return source
+
+
+def _hashes(**files: Source | None) -> dict[str, str]:
     """Return the SHA-256 of each file that there is."""
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None}
+    return {name: hashlib.sha256(_resolved(data)).hexdigest() for name, data in files.items() if data is not None}
 
 
 def _check_count(field: str, count: int) -> None:
@@ -320,14 +580,35 @@ def _shares(weights: Sequence[float], field: str) -> list[float]:
 
 def _page(items: Sequence[T], key: Callable[[T], str], page_size: int, page_token: str) -> tuple[list[T], str]:
     """Return the items after those that the token covers, and the token of the next page. `items` are in key order."""
+    after = _after(page_token)
+    rest = [item for item in items if key(item) > after]
+    page = rest[:page_size]
+    more = len(rest) > len(page)
+    return page, _token(key(page[-1])) if more else ""
+
+
+def _token(last: str) -> str:
+    """Return the token of the page after an item."""
+    return base64.urlsafe_b64encode((PAGE_TOKEN + last).encode()).decode()
+
+
+def _after(page_token: str) -> str:
+    """Return the item that a token stands for, an empty string for none. Raises InvalidField."""
     try:
         token = base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError):
         token = "malformed"
     if token and not token.startswith(PAGE_TOKEN):
-        raise InvalidField("page_token", "is not the next_page_token of a previous response")
-    after = token.removeprefix(PAGE_TOKEN)
-    rest = [item for item in items if key(item) > after]
-    page = rest[:page_size]
-    more = len(rest) > len(page)
-    return page, base64.urlsafe_b64encode((PAGE_TOKEN + key(page[-1])).encode()).decode() if more else ""
+        raise InvalidField("page_token", NO_TOKEN)
+    return token.removeprefix(PAGE_TOKEN)
+
+
+def _job_token(page_token: str) -> tuple[datetime, str] | None:
+    """Return the time and id of the job that a token stands for, None for none. Raises InvalidField."""
+    if not (last := _after(page_token)):
+        return None
+    time, _, name = last.partition(" ")
+    try:
+        return datetime.fromisoformat(time).astimezone(UTC), name.removeprefix("jobs/")
+    except (ValueError, OverflowError) as error:
+        raise InvalidField("page_token", NO_TOKEN) from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -13,14 +14,33 @@ from google.protobuf import struct_pb2, timestamp_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
 
-from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
+from nst.v1 import (
+    image_pb2,
+    image_service_pb2,
+    job_pb2,
+    model_service_pb2,
+    options_pb2,
+    style_service_pb2,
+    style_transfer_service_pb2,
+)
 from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions
 from nst_model.options import MAX_WEIGHT, PRESETS, bounds_of, default_of
-from nst_server.application import JobRequest, JobStyle
 from nst_server.errors import InvalidField
+from nst_server.frames import Frame, PreviewSpec
 from nst_server.images import EncodedImage, Encoding, ImageFormat
-from nst_server.jobs import Event, Finished, Frame, JobSnapshot, PreviewSpec, StateChanged
+from nst_server.jobs import (
+    Event,
+    Finished,
+    Heartbeat,
+    JobSnapshot,
+    JobState,
+    StateChanged,
+    StoredResult,
+)
+from nst_server.library import Upload
 from nst_server.messages import Progressed
+from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source
+from nst_server.storage.records import ImageRecord
 from nst_server.styles import Style
 
 PART_BYTES = 2 * 1024 * 1024
@@ -34,6 +54,8 @@ PREVIEW_INTERVAL, PREVIEW_SIZE_PX = 1, 512
 
 MASKS = ("region", "style_region")
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 OPTION_TYPES = {
     int: options_pb2.OPTION_TYPE_INTEGER,
     float: options_pb2.OPTION_TYPE_NUMBER,
@@ -44,11 +66,24 @@ JOB_ERROR_CODES = {
     "SERVER_STOPPING": code_pb2.UNAVAILABLE,
     "OUT_OF_MEMORY": code_pb2.RESOURCE_EXHAUSTED,
     "MODEL_UNAVAILABLE": code_pb2.FAILED_PRECONDITION,
+    "NOT_FOUND": code_pb2.NOT_FOUND,
+    "STORAGE_FULL": code_pb2.RESOURCE_EXHAUSTED,
+    "STORAGE_READ_ONLY": code_pb2.FAILED_PRECONDITION,
+    "STORAGE_DAMAGED": code_pb2.DATA_LOSS,
+    "STORAGE_UNAVAILABLE": code_pb2.UNAVAILABLE,
 }
 
 
 def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
     """Return the options of a message, defaults filled in. Raises InvalidField."""
+    try:
+        return StylizeOptions.of(**_given(message))
+    except InvalidOption as error:
+        raise InvalidField(f"options.{error.field}", error.reason) from error
+
+
+def _given(message: options_pb2.StylizeOptions) -> dict[str, Any]:
+    """Return the options that a message has, by name. Raises InvalidField for an unknown choice."""
     given: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         if _is_map(field):
@@ -62,10 +97,7 @@ def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
                 given[field.name] = _choice_name(field, number)
         elif message.HasField(field.name):
             given[field.name] = getattr(message, field.name)
-    try:
-        return StylizeOptions.of(**given)
-    except InvalidOption as error:
-        raise InvalidField(f"options.{error.field}", error.reason) from error
+    return given
 
 
 def options_to_proto(options: StylizeOptions) -> options_pb2.StylizeOptions:
@@ -140,9 +172,11 @@ def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> Jo
     options = options_from_proto(_with_init(message))
     styles = [_style_input(style, f"styles[{index}]") for index, style in enumerate(message.styles)]
     return JobRequest(
-        content=message.content.data,
+        content=_source(message.content) or b"",
         styles=styles,
-        init_image=message.init_image.data,
+        init_image=_source(message.init_image) or b"",
+        request_id=_request_id(message.request_id),
+        cancel_on_disconnect=message.cancel_on_disconnect if message.HasField("cancel_on_disconnect") else True,
         model=message.model,
         options=options,
         preview=preview_from_proto(message.preview),
@@ -150,12 +184,28 @@ def request_from_proto(message: style_transfer_service_pb2.StylizeRequest) -> Jo
     )
 
 
-def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[bytes, float]]:
-    """Return the image files of a style to be created, each with its weight. Raises InvalidField."""
+def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[Source, float]]:
+    """Return the images of a style to be created, each with its weight. Raises InvalidField."""
     return [
-        (image.image.data, weight_from_proto(image, f"style.images[{index}].weight"))
+        (_source(image.image) or b"", weight_from_proto(image, f"style.images[{index}].weight"))
         for index, image in enumerate(message.images)
     ]
+
+
+def update_from_proto(message: style_transfer_service_pb2.UpdateJobRequest) -> JobUpdate:
+    """Return how a job is to be changed. Raises InvalidField."""
+    paused = message.paused if message.HasField("paused") else None
+    return JobUpdate(_given(message.options), paused, message.finish)
+
+
+def states_from_proto(numbers: Collection[int]) -> list[JobState]:
+    """Return the states that jobs are wanted in. Raises InvalidField."""
+    found = []
+    for index, number in enumerate(numbers):
+        if number == 0 or number not in job_pb2.JobState.values():
+            raise InvalidField(f"states[{index}]", f"has no choice number {number}")
+        found.append(JobState(job_pb2.JobState.Name(number).removeprefix("JOB_STATE_").lower()))
+    return found
 
 
 def preview_from_proto(message: style_transfer_service_pb2.Preview) -> PreviewSpec:
@@ -165,7 +215,7 @@ def preview_from_proto(message: style_transfer_service_pb2.Preview) -> PreviewSp
     _check_range("preview.interval", interval, 0, 10_000)
     _check_range("preview.size_px", size_px, 16, 4096)
     encoding = encoding_from_proto(message.encoding, PREVIEW_ENCODING, "preview.encoding")
-    return PreviewSpec(interval, size_px, encoding)
+    return PreviewSpec(interval, size_px, encoding, message.every_frame)
 
 
 def encoding_from_proto(
@@ -199,12 +249,13 @@ def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:
         case Frame(image, iteration, skipped):
             for part in image_to_proto(image):
                 yield _event(event, frame=job_pb2.Frame(iteration=iteration, skipped=skipped, image=part))
-        case Finished(image, iteration, loss, stop_reason):
-            reason = job_pb2.StopReason.Value(f"STOP_REASON_{stop_reason.upper()}")
-            for part in image_to_proto(image):
-                yield _event(
-                    event, result=job_pb2.Result(image=part, iteration=iteration, loss=loss, stop_reason=reason)
-                )
+        case Finished(result, data):
+            reason = _stop_reason(result)
+            for part in image_to_proto(EncodedImage(data, result.format, result.width, result.height)):
+                message = job_pb2.Result(image=part, iteration=result.iteration, loss=result.loss, stop_reason=reason)
+                yield _event(event, result=message)
+        case Heartbeat():
+            yield _event(event, heartbeat=job_pb2.Heartbeat())
 
 
 def image_to_proto(image: EncodedImage) -> Iterator[image_pb2.ImagePart]:
@@ -223,8 +274,8 @@ def image_to_proto(image: EncodedImage) -> Iterator[image_pb2.ImagePart]:
         )
 
 
-def job_to_proto(job: JobSnapshot) -> job_pb2.Job:
-    """Return a job as a message."""
+def job_to_proto(job: JobSnapshot, estimated_start_s: float | None = None) -> job_pb2.Job:
+    """Return a job as a message; `estimated_start_s` is in how many seconds it will probably get a device."""
     message = job_pb2.Job(
         name=job.name,
         state=job_pb2.JobState.Value(f"JOB_STATE_{job.state.upper()}"),
@@ -237,7 +288,18 @@ def job_to_proto(job: JobSnapshot) -> job_pb2.Job:
         end_time=_timestamp(job.end_time),
         queue_position=job.queue_position,
         device=job.device,
+        attempt=job.attempt,
+        sequence=job.sequence,
+        request_id=job.request_id,
     )
+    if estimated_start_s is not None:
+        message.estimated_start_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=estimated_start_s))
+    if job.result is not None:
+        message.result.image = f"images/{job.result.sha256}"
+        message.result.total_bytes = job.result.total_bytes
+        message.result.iteration = job.result.iteration
+        message.result.loss = job.result.loss
+        message.result.stop_reason = _stop_reason(job.result)
     if job.precision:
         message.precision = options_pb2.Precision.Value(f"PRECISION_{Precision(job.precision).name}")
     if job.progress is not None:
@@ -262,6 +324,43 @@ def progress_to_proto(progress: Progressed) -> job_pb2.Progress:
         elapsed_s=progress.elapsed_s,
         iterations_per_second=progress.iterations_per_second,
         remaining_s=progress.remaining_s,
+    )
+
+
+def upload_to_proto(upload: Upload) -> image_service_pb2.Upload:
+    """Return an upload as a message."""
+    return image_service_pb2.Upload(
+        name=f"uploads/{upload.id}",
+        total_bytes=upload.total_bytes,
+        received_bytes=upload.received_bytes,
+        image=f"images/{upload.image}" if upload.image else "",
+    )
+
+
+def image_record_to_proto(image: ImageRecord) -> image_service_pb2.StoredImage:
+    """Return what is known of a stored image as a message."""
+    return image_service_pb2.StoredImage(
+        name=f"images/{image.sha256}",
+        total_bytes=image.bytes,
+        width=image.width,
+        height=image.height,
+        media_type=image.mime,
+        create_time=_timestamp(image.create_time),
+    )
+
+
+def stored_part_to_proto(image: ImageRecord, offset: int, data: bytes) -> image_pb2.ImagePart:
+    """Return a part of a stored image as a message."""
+    file_format = image.mime.removeprefix("image/").upper()
+    known = file_format in ImageFormat.__members__
+    return image_pb2.ImagePart(
+        format=image_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{file_format if known else 'UNSPECIFIED'}"),
+        width=image.width,
+        height=image.height,
+        total_bytes=image.bytes,
+        offset=offset,
+        data=data,
+        sha256=image.sha256 if offset + len(data) == image.bytes else "",
     )
 
 
@@ -324,16 +423,30 @@ def _with_init(message: style_transfer_service_pb2.StylizeRequest) -> options_pb
 
 def _style_input(message: style_transfer_service_pb2.StyleInput, field: str) -> JobStyle:
     weight = weight_from_proto(message, f"{field}.weight")
-    masks: dict[str, Any] = {name: getattr(message, name).data for name in MASKS if message.HasField(name)}
+    masks: dict[str, Any] = {name: _source(getattr(message, name)) for name in MASKS if message.HasField(name)}
     match message.WhichOneof("source"):
         case "style":
             if not message.style:
                 raise InvalidField(f"{field}.style", "is empty; it must be the name of a style")
             return JobStyle(weight, name=message.style, **masks)
         case "image":
-            return JobStyle(weight, data=message.image.data, **masks)
+            return JobStyle(weight, files=((_source(message.image), 1.0),), **masks)
         case _:
             raise InvalidField(field, "must have a style or an image")
+
+
+def _source(message: image_pb2.Image) -> Source:
+    return ImageName(message.name) if message.WhichOneof("source") == "name" else message.data
+
+
+def _request_id(text: str) -> str:
+    if text and not REQUEST_ID.fullmatch(text):
+        raise InvalidField("request_id", f"must be at most 64 of A–Z, a–z, 0–9, -, _ and ., not {text!r}")
+    return text
+
+
+def _stop_reason(result: StoredResult) -> Any:
+    return job_pb2.StopReason.Value(f"STOP_REASON_{result.stop_reason.upper()}")
 
 
 def _image_format(message: image_pb2.Encoding, field: str) -> ImageFormat:

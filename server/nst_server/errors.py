@@ -4,11 +4,17 @@ RequestError
 ├── InvalidField         a field is missing, malformed or out of range
 ├── NotFound             a named resource does not exist
 ├── AlreadyExists        an id stands for something else
+├── RequestIdReused      a request_id came before, with another request
+├── JobEnded             a job has ended and changes no more
 ├── ModelNotFetched      a known feature model whose weights are not on this server
 ├── QueueFull            too many jobs wait already
 ├── StorageFull          the data folder takes no more
 ├── StorageReadOnly      the data folder cannot be written to
+├── StorageDamaged       what is stored is not what was written
+├── StorageUnavailable   the database or the object store does not answer
 ├── Unread               the caller left its stream unread for too long
+├── PartMissing          a part of an upload before this one is not here
+├── Moved                another server has taken a job over
 ├── Internal             something nobody foresaw
 └── Stopping             the server is about to stop
 """
@@ -54,6 +60,24 @@ class AlreadyExists(RequestError):
     reason = "ALREADY_EXISTS"
 
 
+class RequestIdReused(RequestError):
+    """A caller's `request_id` came before, with another request."""
+
+    reason = "REQUEST_ID_REUSED"
+
+    def __init__(self, request_id: str, job_id: str) -> None:
+        super().__init__(
+            f"request_id {request_id!r} belongs to job {job_id!r}, which was asked for by another request; "
+            "use a new request_id for a new request"
+        )
+
+
+class JobEnded(RequestError):
+    """A job has ended and changes no more."""
+
+    reason = "JOB_ENDED"
+
+
 class ModelNotFetched(RequestError):
     """The weights of a known feature model are not on this server."""
 
@@ -86,10 +110,42 @@ class StorageReadOnly(RequestError):
     reason = "STORAGE_READ_ONLY"
 
 
+class StorageDamaged(RequestError):
+    """What is stored is not what was written."""
+
+    reason = "STORAGE_DAMAGED"
+
+
+class StorageUnavailable(RequestError):
+    """The database or the object store does not answer; it may in a moment."""
+
+    reason = "STORAGE_UNAVAILABLE"
+
+
 class Unread(RequestError):
     """The caller left its stream unread for too long."""
 
     reason = "STREAM_UNREAD"
+
+
+class PartMissing(RequestError):
+    """A part of an upload before this one is not here.
+
+    Attributes:
+        received_bytes: how many bytes, from the first on, are.
+    """
+
+    reason = "PART_MISSING"
+
+    def __init__(self, received_bytes: int) -> None:
+        super().__init__(f"offset: only {received_bytes} bytes are here; go on from there")
+        self.received_bytes = received_bytes
+
+
+class Moved(RequestError):
+    """Another server has taken a job over; watch it there."""
+
+    reason = "JOB_MOVED"
 
 
 class Stopping(RequestError):

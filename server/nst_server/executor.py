@@ -7,23 +7,49 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import structlog
 
 from nst_server import messages
-from nst_server.messages import Cancelled, Done, Ending, Failed, Message, Ready, Refused, Task, WorkerConfig
+from nst_server.messages import (
+    Cancelled,
+    Done,
+    Ending,
+    Failed,
+    Message,
+    Order,
+    Ready,
+    Refused,
+    Suspended,
+    Task,
+    WorkerConfig,
+)
 
 log = structlog.get_logger()
 
 MAX_BACKOFF_S = 30.0
 KILL_AFTER_S = 5.0
-CONTEXT = multiprocessing.get_context("spawn")
+
+# Torch takes seconds to import. On Linux a process that has done so is there to be forked; macOS's libraries forbid it.
+CONTEXT: ForkServerContext | SpawnContext
+if sys.platform == "linux":
+    CONTEXT = multiprocessing.get_context("forkserver")
+    CONTEXT.set_forkserver_preload(["nst_server.preload"])
+else:
+    CONTEXT = multiprocessing.get_context("spawn")
+
+# GNU OpenMP's threads wait for one another by spinning. Beside any other program that takes the core a waiting one
+# spins for, and an iteration takes up to five times as long; to spin for a moment only costs nothing. OpenMP reads this
+# when torch is imported.
+SPINNING = {"GOMP_SPINCOUNT": "1000"}
 
 
 class ExecutorUnavailable(Exception):
@@ -34,18 +60,20 @@ class Executor(Protocol):
     """A place where one task at a time is computed."""
 
     device: str
+    memory_bytes: int
+    """What tasks may take of the device's memory; 0 if nobody knows."""
 
     async def ready(self) -> None:
         """Wait until a task can be computed."""
 
-    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+    async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Compute a task and return how it ended; never raises for what happens to the task.
 
-        `report` gets its Started, Progressed and Pictured messages on the event loop.
+        `report` gets its other messages on the event loop; `orders` are those that have come already.
         """
 
-    def cancel(self, task_id: str) -> None:
-        """Make the task of that id end before its next evaluation. Does nothing if it is not being computed."""
+    def order(self, order: Order) -> None:
+        """Pass an order on to the task it is for. Does nothing if that is not being computed."""
 
 
 @dataclass
@@ -54,7 +82,8 @@ class _Running:
     report: Callable[[Message], None]
     ending: asyncio.Future[Ending]
     sent: bool = False
-    cancelled: bool = False
+    orders: list[Order] = field(default_factory=list)
+    """Those that came before the task was sent."""
 
 
 class ProcessExecutor:
@@ -63,14 +92,17 @@ class ProcessExecutor:
     Attributes:
         device: the device's name, once started.
         devices: all devices that `auto` stands for on this machine, once started.
+        memory_bytes: what tasks may take of its memory, once started; 0 if nobody knows.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self.device = config.device
         self.devices: tuple[str, ...] = ()
-        self._process: SpawnProcess | None = None
+        self.memory_bytes = 0
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._gone = asyncio.Event()
         self._running: _Running | None = None
         self._ready: asyncio.Future[None] | None = None
         self._closing = False
@@ -86,10 +118,13 @@ class ProcessExecutor:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_worker_main, args=(theirs, self._config), daemon=True, name="nst-worker")
+        await _warm()
+        arguments = (theirs, self._config, dict(os.environ))
+        process = CONTEXT.Process(target=_worker_main, args=arguments, daemon=True, name="nst-worker")
         with theirs:
-            process.start()  # takes about a millisecond; the interpreter's own start is not waited for
+            process.start()  # takes some milliseconds
         self._process, self._connection = process, ours
+        self._gone.clear()
         threading.Thread(target=self._read, args=(ours, process, loop), daemon=True, name="worker-reader").start()
         await self._ready
 
@@ -98,26 +133,28 @@ class ProcessExecutor:
         if self._replacing is not None:
             await asyncio.shield(self._replacing)
 
-    async def run(self, task: Task, report: Callable[[Message], None]) -> Ending:
+    async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Compute a task; see Executor."""
         assert self._running is None, "an executor computes one task at a time"
         ending = asyncio.get_running_loop().create_future()
-        self._running = running = _Running(task, report, ending)
+        self._running = running = _Running(task, report, ending, orders=list(orders))
         try:
-            await asyncio.to_thread(self._send, task)
+            await self.ready()  # the process may have died since somebody asked
+            await asyncio.to_thread(self._send, task, self._connection)
             running.sent = True
-            if running.cancelled:
-                self._send(messages.Cancel(task.id))
+            for order in running.orders:
+                self._send(order, self._connection)
             return await asyncio.shield(ending)
         finally:
             self._running = None
 
-    def cancel(self, task_id: str) -> None:
-        """End the task of that id; see Executor."""
-        if self._running is not None and self._running.task.id == task_id:
-            self._running.cancelled = True
+    def order(self, order: Order) -> None:
+        """Pass an order on; see Executor."""
+        if self._running is not None and self._running.task.id == order.id:
             if self._running.sent:
-                self._send(messages.Cancel(task_id))
+                self._send(order, self._connection)
+            else:
+                self._running.orders.append(order)
 
     async def close(self) -> None:
         """End the worker process, by force if it does not follow or is still starting."""
@@ -125,20 +162,20 @@ class ProcessExecutor:
         if self._replacing is not None:
             self._replacing.cancel()
             await asyncio.wait([self._replacing])
-        if (process := self._process) is None:
-            return
-        if self._ready is not None and self._ready.done() and not self._ready.cancelled():
-            self._send(messages.Shutdown())
-            await asyncio.to_thread(process.join, KILL_AFTER_S)
-        process.kill()
-        await asyncio.to_thread(process.join)
+        if self._process is not None and self._ready is not None and self._ready.done() and not self._ready.cancelled():
+            self._send(messages.Shutdown(), self._connection)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), KILL_AFTER_S)
+        if self._process is not None:
+            self._process.kill()
+            await self._gone.wait()
 
-    def _send(self, message: Task | messages.Cancel | messages.Shutdown) -> None:
-        assert self._connection is not None
-        with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
-            self._connection.send(message)
+    def _send(self, message: Task | Order | messages.Shutdown, connection: Connection | None) -> None:
+        if connection is not None:
+            with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
+                connection.send(message)
 
-    def _read(self, connection: Connection, process: SpawnProcess, loop: asyncio.AbstractEventLoop) -> None:
+    def _read(self, connection: Connection, process: BaseProcess, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             while True:
                 try:
@@ -147,16 +184,17 @@ class ProcessExecutor:
                     break
                 loop.call_soon_threadsafe(self._received, message)
             process.join()
-            loop.call_soon_threadsafe(self._died, process)
+            loop.call_soon_threadsafe(self._died, process, _exit_description(process.exitcode))
 
     def _received(self, message: Message) -> None:
         match message:
             case Ready():
                 self.device, self.devices = message.device, message.devices
+                self.memory_bytes = message.memory_bytes
                 self._settle_ready(None)
             case Refused():
                 self._settle_ready(ExecutorUnavailable(message.message))
-            case Done() | Cancelled() | Failed():
+            case Done() | Cancelled() | Suspended() | Failed():
                 running = self._running
                 if running is not None and running.task.id == message.id and not running.ending.done():
                     running.ending.set_result(message)
@@ -164,10 +202,11 @@ class ProcessExecutor:
                 if self._running is not None and self._running.task.id == message.id:
                     self._running.report(message)
 
-    def _died(self, process: SpawnProcess) -> None:
-        if process is not self._process:
+    def _died(self, process: BaseProcess, how: str) -> None:
+        if process is not self._process:  # one that refused, and has a successor already
             return
-        how = _exit_description(process.exitcode)
+        self._process = self._connection = None  # and so their files are closed
+        self._gone.set()
         starting = self._ready is not None and not self._ready.done()
         self._settle_ready(ExecutorUnavailable(f"the worker process on {self.device} ended while starting: {how}"))
         if self._running is not None and not self._running.ending.done():
@@ -182,7 +221,7 @@ class ProcessExecutor:
         while not self._closing:
             try:
                 await self.start()
-            except (ExecutorUnavailable, OSError) as error:
+            except Exception as error:  # whatever it is, a device without a worker must get one
                 log.error("worker cannot be replaced yet", device=self.device, error=str(error), retry_s=backoff_s)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -200,13 +239,32 @@ class ProcessExecutor:
             self._ready.set_exception(error)
 
 
-def _worker_main(connection: Connection, config: WorkerConfig) -> None:
+async def _warm() -> None:
+    """Wait until the process that workers are forked from, if there is one, can be."""
+    os.environ |= SPINNING | os.environ
+    loop, warm = asyncio.get_running_loop(), asyncio.Event()
+
+    def wait() -> None:
+        process = CONTEXT.Process(target=_nothing, daemon=True)
+        process.start()
+        process.join()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(warm.set)
+
+    if isinstance(CONTEXT, ForkServerContext):
+        threading.Thread(target=wait, daemon=True, name="warm").start()
+        await warm.wait()
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _worker_main(connection: Connection, config: WorkerConfig, environment: dict[str, str]) -> None:
     # Signals for the terminal's or the service's whole process group are the front's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # GNU OpenMP's threads wait for one another by spinning. Beside any other program that takes the core a waiting one
-    # spins for, and an iteration takes up to five times as long; to spin for a moment only costs nothing.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ |= environment  # it was forked from a process that was started before
     # Imported here, in the child: this module belongs to the front, which never imports torch.
     from nst_server.worker import main  # noqa: PLC0415
 

@@ -76,6 +76,22 @@ class EncodedImage:
         return hashlib.sha256(self.data).hexdigest()
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What an image file says of itself; width and height in pixels, upright."""
+
+    width: int
+    height: int
+    media_type: str
+
+
+def kind_of(data: bytes) -> Kind:
+    """Return what an image file that has been decoded before says of itself."""
+    with Image.open(io.BytesIO(data), formats=READABLE) as picture:
+        width, height = ImageOps.exif_transpose(picture).size if picture.getexif().get(0x0112, 1) > 4 else picture.size
+        return Kind(width, height, Image.MIME[picture.format or ""])
+
+
 def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
     """Return the RGB picture in an image file, transparent parts over white; otherwise as `decode_with_alpha`."""
     picture = decode_with_alpha(data, field, max_pixels)

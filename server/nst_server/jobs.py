@@ -8,19 +8,26 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from nst_model.options import StylizeOptions
-from nst_server import images
-from nst_server.images import EncodedImage, Encoding
-from nst_server.messages import Done, Pictured, Progressed, StyleImage
+from nst_server.errors import RequestError
+from nst_server.frames import Frame, Frames, Newest, Picture, PreviewSpec, Spooled
+from nst_server.images import EncodedImage, Encoding, ImageFormat
+from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage
 
 if TYPE_CHECKING:
     from nst_server.images import Mask, Pixels
+
+HEARTBEAT_S = 10.0
+"""A stream that has nothing to tell says so after this time."""
+
+FOLLOW_S = 0.5
+"""How often the archive is asked for news of a job on another server."""
 
 
 class JobState(StrEnum):
@@ -28,6 +35,7 @@ class JobState(StrEnum):
 
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -35,7 +43,7 @@ class JobState(StrEnum):
     @property
     def terminal(self) -> bool:
         """Whether the job has ended."""
-        return self not in (JobState.QUEUED, JobState.RUNNING)
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,11 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class JobSnapshot:
-    """A job at one moment; see the contract's Job."""
+    """A job at one moment; see the contract's Job.
+
+    Attributes:
+        finishing: whether its caller said that the best picture so far is enough.
+    """
 
     name: str
     state: JobState
@@ -89,16 +101,61 @@ class JobSnapshot:
     precision: str
     progress: Progressed | None
     error: JobError | None
+    result: StoredResult | None = None
+    attempt: int = 0
+    sequence: int = 0
+    request_id: str = ""
+    finishing: bool = False
+
+    @classmethod
+    def queued(cls, spec: JobSpec, request_id: str = "", queue_position: int = 0) -> JobSnapshot:
+        """Return a new job."""
+        height, width = spec.content.shape[:2]
+        return cls(
+            name=f"jobs/{uuid.uuid4().hex}",
+            state=JobState.QUEUED,
+            model=spec.model,
+            options=spec.options,
+            width=width,
+            height=height,
+            create_time=_utc(),
+            start_time=None,
+            end_time=None,
+            queue_position=queue_position,
+            device="",
+            precision="",
+            progress=None,
+            error=None,
+            request_id=request_id,
+        )
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """The result of a job, without its file: that is the blob of that SHA-256, `total_bytes` long."""
+
+    sha256: str
+    format: ImageFormat
+    width: int
+    height: int
+    total_bytes: int
+    iteration: int
+    loss: float
+    stop_reason: str
+
+    @classmethod
+    def of(cls, image: EncodedImage, done: Done) -> StoredResult:
+        """Return what is kept of a finished picture."""
+        size = (image.width, image.height, len(image.data))
+        return cls(image.sha256, image.format, *size, done.iteration, done.loss, done.stop_reason)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of a job."""
+    """The result of a job; a watcher gets its file, too."""
 
-    image: EncodedImage
-    iteration: int
-    loss: float
-    stop_reason: str
+    result: StoredResult
+    data: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -109,15 +166,11 @@ class StateChanged:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The picture at one iteration. `skipped` frames were due to this watcher and left out before it."""
-
-    image: EncodedImage
-    iteration: int
-    skipped: int
+class Heartbeat:
+    """Nothing has happened for a while."""
 
 
-Payload = JobSnapshot | StateChanged | Progressed | Frame | Finished
+Payload = JobSnapshot | StateChanged | Progressed | Frame | Finished | Heartbeat
 
 
 @dataclass(frozen=True)
@@ -130,172 +183,287 @@ class Event:
     payload: Payload
 
 
-@dataclass(frozen=True)
-class PreviewSpec:
-    """Which pictures a watcher wants: every `interval`-th (0 for none), at most `size_px` on the longer edge."""
+class Archive(Protocol):
+    """Where a job's events and files are kept."""
 
-    interval: int
-    size_px: int
-    encoding: Encoding
+    def append(self, job: Job, events: Sequence[Event], images: Sequence[str]) -> None:
+        """Write a job's next events, with the job as it is after them; calls `job.written` or `job.lost` later."""
 
+    async def events(self, name: str, after: int) -> list[Event]:
+        """Return some of a job's events after a number, the next first; none if there are no more.
 
-class Picture:
-    """The newest picture of a job. It is encoded once for each way of encoding, whoever asks."""
+        Raises NotFound if the job has been deleted.
+        """
 
-    def __init__(self, pictured: Pictured, width: int, height: int, alpha: Mask | None) -> None:
-        self.iteration = pictured.iteration
-        self._size = (width, height)  # of the finished picture: those of coarser scales are shown as large
-        self._pixels = pictured.pixels
-        self._alpha = alpha
-        self._encoded: dict[tuple[int, Encoding], asyncio.Task[EncodedImage]] = {}
+    async def file(self, sha256: str) -> bytes:
+        """Return a result's file."""
 
-    async def encoded(self, preview: PreviewSpec) -> EncodedImage:
-        """Return the picture as a watcher wants it."""
-        key = (preview.size_px, preview.encoding)
-        if key not in self._encoded:
-            size = images.preview_size(*self._size, preview.size_px)
-            work = asyncio.to_thread(images.encode, self._pixels, preview.encoding, size, alpha=self._alpha)
-            self._encoded[key] = asyncio.create_task(work)
-        return await asyncio.shield(self._encoded[key])
+    def spool(self) -> BinaryIO:
+        """Return an empty file for frames that wait, which is gone when it is closed."""
 
 
-@dataclass(eq=False)
 class Job:
-    """One job: its state, its log, and who watches it. Changed by the scheduler only, on the event loop."""
+    """One job: its state, its log, and who watches it. Changed on the event loop only, by the scheduler.
 
-    spec: JobSpec
-    name: str = field(default_factory=lambda: f"jobs/{uuid.uuid4().hex}")
-    state: JobState = JobState.QUEUED
-    create_time: datetime = field(default_factory=lambda: datetime.now(UTC))
-    start_time: datetime | None = None
-    end_time: datetime | None = None
-    queue_position: int = 0
-    device: str = ""
-    precision: str = ""
-    progress: Progressed | None = None
-    error: JobError | None = None
-    attempt: int = 1
-    _log: list[Event] = field(default_factory=list)
-    _picture: Picture | None = None
-    _watchers: set[asyncio.Event] = field(default_factory=set)
+    What happens is appended to the archive first, and shown to watchers and callers when it is durable there:
+    nobody has heard of what a crash could undo.
+
+    Args:
+        snapshot: the job as it is in the archive.
+        archive: where the events up to `snapshot.sequence` are, and those to come go.
+        spec: what to make; None if that has to be made out of the stored request first.
+        alpha: of the result and its previews.
+
+    Attributes:
+        caller: whose turn in the queue it takes; not stored.
+        checkpoint: where a worker can go on from.
+        elsewhere: whether another server has the job: then the archive tells what happens to it.
+        every_frame: whether somebody wants each picture that is due, and not just the newest.
+    """
+
+    def __init__(
+        self, snapshot: JobSnapshot, archive: Archive, spec: JobSpec | None = None, *, caller: str = ""
+    ) -> None:
+        self.name = snapshot.name
+        self.caller = caller
+        self.spec = spec
+        self.checkpoint: Checkpoint | None = None
+        self.elsewhere = False
+        self.every_frame = False
+        self._archive = archive
+        self._now = self._shown = snapshot
+        self._before = snapshot.sequence  # events up to this one are in the archive only
+        self._log: list[Event] = []
+        self._picture: Picture | None = None
+        self._frames: set[Frames] = set()
+        self._watchers: set[asyncio.Event] = set()
+        self._lost: RequestError | None = None
+
+    @property
+    def state(self) -> JobState:
+        """Where the job stands, whether or not that is durable yet."""
+        return self._now.state
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing more will be heard of the job here."""
+        return self._lost is not None
+
+    @property
+    def now(self) -> JobSnapshot:
+        """The job as it is, whether or not that is durable yet."""
+        return self._now
 
     def snapshot(self) -> JobSnapshot:
-        """Return the job as it is now."""
-        height, width = self.spec.content.shape[:2]
-        return JobSnapshot(
-            name=self.name,
-            state=self.state,
-            model=self.spec.model,
-            options=self.spec.options,
-            width=width,
-            height=height,
-            create_time=self.create_time,
-            start_time=self.start_time,
-            end_time=self.end_time,
-            queue_position=self.queue_position,
-            device=self.device,
-            precision=self.precision,
-            progress=self.progress,
-            error=self.error,
-        )
+        """Return the job as far as is durable."""
+        return self._shown
+
+    def attempted(self, attempt: int) -> None:
+        """Note that an attempt at the job begins."""
+        self._now = replace(self._now, attempt=attempt)
 
     def started(self, device: str, precision: str) -> None:
         """Note that the job got a device."""
-        self.device, self.precision = device, precision
-        self.start_time = datetime.now(UTC)
-        self._enter(JobState.RUNNING)
+        start_time = self._now.start_time or _utc()
+        self._enter(JobState.RUNNING, device=device, precision=precision, start_time=start_time)
 
     def progressed(self, progress: Progressed) -> None:
         """Note an iteration."""
-        self.progress = progress
+        self._now = replace(self._now, progress=progress)
         self._append(progress)
 
     def pictured(self, pictured: Pictured) -> None:
         """Put the newest picture into its slot."""
-        height, width = self.spec.content.shape[:2]
-        self._picture = Picture(pictured, width, height, self.spec.alpha)
+        alpha = None if self.spec is None else self.spec.alpha
+        self._picture = Picture(pictured, self._now.width, self._now.height, alpha)
+        for frames in self._frames:
+            frames.offer(self._picture)
         self._wake()
 
-    def parameters(self, done: Done) -> dict[str, Any]:
-        """Return what the result's file says of its making: what was asked for, and what came of it."""
-        loss = done.loss if math.isfinite(done.loss) else None  # JSON has no other numbers
-        return {**self.spec.parameters, "loss": loss, "iteration": done.iteration, "stop_reason": done.stop_reason}
+    def steered(self, options: StylizeOptions) -> None:
+        """Note that the job goes on with other options."""
+        self._now = replace(self._now, options=options)
+        self._append(StateChanged(self._now))
 
-    def succeeded(self, result: Finished) -> None:
-        """End the job with a result."""
-        self._append(result)
+    def finishing(self) -> None:
+        """Note that the best picture so far is enough for its caller."""
+        self._now = replace(self._now, finishing=True)
+        self._append(StateChanged(self._now))
+
+    def succeeded(self, result: StoredResult) -> None:
+        """End the job with a result, whose file is in the archive."""
+        self._now = replace(self._now, result=result)
+        self._append(Finished(result), images=(result.sha256,))
         self._end(JobState.SUCCEEDED)
 
     def failed(self, error: JobError) -> None:
         """End the job without a result."""
-        self.error = error
-        self._end(JobState.FAILED)
+        self._end(JobState.FAILED, error=error)
 
     def cancelled(self) -> None:
         """End the job because its caller wanted that."""
         self._end(JobState.CANCELLED)
 
+    def paused(self) -> None:
+        """Note that the job waits until its caller wants it to go on."""
+        self._enter(JobState.PAUSED, device="", precision="")
+
+    def queued(self) -> None:
+        """Note that the job waits for a device again."""
+        self._enter(JobState.QUEUED, device="", precision="")
+
     def moved(self, queue_position: int) -> None:
         """Note that the queue moved on."""
-        if queue_position != self.queue_position:
-            self.queue_position = queue_position
-            self._append(StateChanged(self.snapshot()))
+        if queue_position != self._now.queue_position:
+            self._now = replace(self._now, queue_position=queue_position)
+            self._append(StateChanged(self._now))
 
-    async def watch(self, preview: PreviewSpec) -> AsyncGenerator[Event]:
-        """Yield a snapshot, then every event from now on, and pictures as they come; ends after the terminal event.
+    def written(self, events: Sequence[Event], shown: JobSnapshot) -> None:
+        """Show events that are durable now, and the job as it is after them."""
+        self._log.extend(events)
+        self._shown = shown
+        self._wake()
 
-        The log is read at the watcher's own pace, and the picture's slot holds the newest only: a slow watcher costs
-        nothing but its own frames.
-        """
+    def lost(self, error: RequestError) -> None:
+        """Note why nothing more will be heard of the job here."""
+        self._lost = error
+        self._wake()
+
+    def check(self) -> None:
+        """Raise why nothing more will be heard of the job here, unless it has ended."""
+        if self._lost is not None and not self._shown.state.terminal:
+            raise self._lost
+
+    async def ended(self) -> None:
+        """Wait until the job has ended, and that is durable, or nothing more will be heard of it here."""
         wakeup = asyncio.Event()
         self._watchers.add(wakeup)
         try:
-            cursor = len(self._log)
-            last_frame = -preview.interval
-            yield self._event(self.snapshot(), cursor)
-            while True:
-                wakeup.clear()
-                while cursor < len(self._log):
-                    event = self._log[cursor]
-                    if isinstance(event.payload, Finished) and (frame := await self._due_frame(preview, last_frame)):
-                        last_frame = frame.iteration
-                        yield self._event(frame, cursor)
-                    cursor += 1
-                    yield event
-                if self.state.terminal:
-                    return
-                if frame := await self._due_frame(preview, last_frame):
-                    last_frame = frame.iteration
-                    yield self._event(frame, cursor)
-                    continue
+            while not (self._shown.state.terminal or self._lost):
                 await wakeup.wait()
+                wakeup.clear()
         finally:
             self._watchers.discard(wakeup)
 
-    async def _due_frame(self, preview: PreviewSpec, last: int) -> Frame | None:
-        picture = self._picture
-        if not preview.interval or picture is None or picture.iteration <= last or picture.iteration % preview.interval:
-            return None
-        image = await picture.encoded(preview)
-        return Frame(image, picture.iteration, (picture.iteration - last) // preview.interval - 1)
+    def parameters(self, done: Done) -> dict[str, Any]:
+        """Return what the result's file says of its making: what was asked for, and what came of it."""
+        assert self.spec is not None, "a job that has run has a spec"
+        loss = done.loss if math.isfinite(done.loss) else None  # JSON has no other numbers
+        return {**self.spec.parameters, "loss": loss, "iteration": done.iteration, "stop_reason": done.stop_reason}
 
-    def _enter(self, state: JobState) -> None:
+    async def watch(
+        self, preview: PreviewSpec, after: int = 0, heartbeat_s: float = HEARTBEAT_S
+    ) -> AsyncGenerator[Event]:
+        """Yield a snapshot, then every event after a number, and pictures as they come; ends after the terminal event.
+
+        The log is read at the watcher's own pace. Raises what `lost` was told.
+        """
+        wakeup = asyncio.Event()
+        told = -1 if self._shown.progress is None else self._shown.progress.iteration
+        frames: Frames = Newest(preview, told)
+        if preview.every_frame and preview.interval:
+            frames = Spooled(preview, self._archive.spool(), wakeup.set)  # which may be refused
+        self._watchers.add(wakeup)
+        self._frames.add(frames)
+        if self._picture is not None:
+            frames.offer(self._picture)
+        try:
+            yield self._event(self._shown, after)
+            cursor = after
+            async for event in self._past(after):
+                cursor = event.sequence  # it may be one that has come since
+                yield event
+            cursor = max(cursor, self._before)  # what is compacted is in the snapshot
+            if self.elsewhere and not self._shown.state.terminal:
+                present = self._follow(cursor, heartbeat_s)
+            else:
+                present = self._present(cursor, told, frames, wakeup, heartbeat_s)
+            async for event in present:
+                yield event
+        finally:
+            self._watchers.discard(wakeup)
+            self._frames.discard(frames)
+            frames.close()
+
+    async def _past(self, cursor: int) -> AsyncGenerator[Event]:
+        """Yield the events after a number that are in the archive only."""
+        while cursor < self._before and (events := await self._archive.events(self.name, cursor)):
+            for event in events:
+                cursor = event.sequence
+                yield await self._whole(event)
+
+    async def _present(
+        self, cursor: int, told: int, frames: Frames, wakeup: asyncio.Event, heartbeat_s: float
+    ) -> AsyncGenerator[Event]:
+        """Yield the events after a number that have been seen here, and those to come, with frames in between."""
+        while True:
+            wakeup.clear()
+            while cursor < self._before + len(self._log):
+                event = self._log[cursor - self._before]
+                if isinstance(event.payload, Finished):
+                    while frame := await frames.due(told, ending=True):
+                        yield self._event(frame, cursor)
+                if isinstance(event.payload, Progressed):
+                    told = event.payload.iteration
+                cursor += 1
+                yield await self._whole(event)
+            if self._shown.state.terminal:
+                return
+            if self._lost is not None:
+                raise self._lost
+            if frame := await frames.due(told):
+                yield self._event(frame, cursor)
+                continue
+            try:
+                await asyncio.wait_for(wakeup.wait(), heartbeat_s)
+            except TimeoutError:
+                yield self._event(Heartbeat(), cursor)
+
+    async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
+        """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
+        quiet_s = 0.0
+        while self._lost is None:
+            for event in await self._archive.events(self.name, cursor):
+                cursor, quiet_s = event.sequence, 0.0
+                yield await self._whole(event)
+                if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
+                    return
+            await asyncio.sleep(FOLLOW_S)
+            quiet_s += FOLLOW_S
+            if quiet_s >= heartbeat_s:
+                quiet_s = 0.0
+                yield self._event(Heartbeat(), cursor)
+        raise self._lost
+
+    async def _whole(self, event: Event) -> Event:
+        """Return an event with the file that belongs to it."""
+        if not isinstance(event.payload, Finished):
+            return event
+        data = await self._archive.file(event.payload.result.sha256)
+        return replace(event, payload=replace(event.payload, data=data))
+
+    def _enter(self, state: JobState, **changes: Any) -> None:
         assert not self.state.terminal, f"{self.name} is {self.state} and cannot become {state}"
-        self.state = state
-        self.queue_position = 0
-        self._append(StateChanged(self.snapshot()))
+        self._now = replace(self._now, state=state, queue_position=0, **changes)
+        self._append(StateChanged(self._now))
 
-    def _end(self, state: JobState) -> None:
-        self.end_time = datetime.now(UTC)
-        self._enter(state)
+    def _end(self, state: JobState, **changes: Any) -> None:
+        self._enter(state, end_time=_utc(), **changes)
 
-    def _append(self, payload: StateChanged | Progressed | Finished) -> None:
-        self._log.append(self._event(payload, len(self._log) + 1))
-        self._wake()
+    def _append(self, payload: Payload, images: Sequence[str] = ()) -> None:
+        sequence = self._now.sequence + 1
+        self._now = replace(self._now, sequence=sequence)
+        if isinstance(payload, StateChanged):
+            payload = StateChanged(self._now)
+        self._archive.append(self, [self._event(payload, sequence)], images)
 
     def _event(self, payload: Payload, sequence: int) -> Event:
-        return Event(sequence, self.attempt, datetime.now(UTC), payload)
+        return Event(sequence, self._now.attempt, _utc(), payload)
 
     def _wake(self) -> None:
         for watcher in self._watchers:
             watcher.set()
+
+
+def _utc() -> datetime:
+    return datetime.now(UTC)

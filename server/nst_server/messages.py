@@ -1,7 +1,7 @@
 """What the front and its worker processes say to each other, over a pipe. Free of torch.
 
-The front sends tasks, one at a time, and may cancel the current one; the worker answers each task with exactly one
-of the endings, and before that with `Started`, `Progressed` and `Pictured`.
+The front sends tasks, one at a time, and orders for the current one; the worker answers each task with exactly one of
+the endings, and before that with `Started`, `Progressed`, `Pictured`, `Kept` and `Steered`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nst_model.options import StylizeOptions
 
 if TYPE_CHECKING:
     from nst_server.deep_images import DeepPixels
     from nst_server.images import Mask, Pixels
+
+
+FINISHED = "finished"
+"""The reason to stop of a task that was told to finish."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class WorkerConfig:
         weights: files of feature weights by model.
         grams: folder of the Gram cache.
         grams_max_bytes: its size limit.
+        blobs: where checkpoints are kept, as `Blobs.open` takes it; None for nowhere.
+        checkpoint_interval_s: a running task's state is kept this often at most, seconds.
     """
 
     device: str
@@ -37,6 +43,8 @@ class WorkerConfig:
     weights: Mapping[str, Path]
     grams: Path
     grams_max_bytes: int
+    blobs: Path | str | None = None
+    checkpoint_interval_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,23 @@ class StyleImage:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A task's state after one iteration, among the blobs.
+
+    Attributes:
+        key: the blob's name.
+        iteration: the last one made.
+        elapsed_s: seconds spent on the task until then.
+        data: the state itself, where there are no blobs to keep it in.
+    """
+
+    key: str
+    iteration: int
+    elapsed_s: float
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
 class StylizeTask:
     """Make a picture.
 
@@ -70,6 +95,9 @@ class StylizeTask:
         frame_interval: a picture is wanted every this many iterations; 0 for none.
         start: HWC uint8 RGB, of the result's size, the picture that Init.IMAGE starts from.
         bit_depth: bits a channel of the result's pixels, 8 or 16.
+        checkpoint: where to go on from; None to begin.
+        attempt: tells the checkpoints of one attempt at the job from those of another.
+        every_frame: send each picture that is wanted, however slow the pipe.
     """
 
     id: str
@@ -80,6 +108,9 @@ class StylizeTask:
     frame_interval: int
     start: Pixels | None = None
     bit_depth: int = 8
+    checkpoint: Checkpoint | None = None
+    attempt: int = 1
+    every_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,16 +134,54 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Steer:
+    """Change options of the task of that id before its next evaluation."""
+
+    id: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """End the task of that id before its next evaluation, with the best picture so far."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Suspend:
+    """Keep the state of the task of that id, and end it before its next evaluation."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class EveryFrame:
+    """From now on, send each picture of the task of that id that is wanted, however slow the pipe."""
+
+    id: str
+
+
+Order = Cancel | Steer | Finish | Suspend | EveryFrame
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End the process at once, in the middle of whatever is being computed."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes tasks. `devices` are all those that `auto` stands for on this machine."""
+    """The worker takes tasks.
+
+    Attributes:
+        devices: all those that `auto` stands for on this machine.
+        memory_bytes: what tasks may take of the device's memory; 0 if nobody knows.
+    """
 
     device: str
     devices: tuple[str, ...]
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +226,22 @@ class Pictured:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The task's state is kept; what was kept before is needed no more."""
+
+    id: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The task goes on with these options."""
+
+    id: str
+    options: StylizeOptions
+
+
+@dataclass(frozen=True)
 class Done:
     """The task ended well. The fields after `id` are set for pictures only; `pixels` are of the task's bit depth."""
 
@@ -175,6 +260,13 @@ class Cancelled:
 
 
 @dataclass(frozen=True)
+class Suspended:
+    """The task ended because it was suspended; it can go on from its last checkpoint, or begin anew without one."""
+
+    id: str
+
+
+@dataclass(frozen=True)
 class Failed:
     """The task failed; the worker goes on. `reason` and `message` as in the contract's JobError."""
 
@@ -183,5 +275,5 @@ class Failed:
     message: str
 
 
-Ending = Done | Cancelled | Failed
-Message = Ready | Refused | Started | Progressed | Pictured | Ending
+Ending = Done | Cancelled | Suspended | Failed
+Message = Ready | Refused | Started | Progressed | Pictured | Kept | Steered | Ending

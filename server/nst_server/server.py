@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import grpc
 import structlog
+from filelock import BaseFileLock, FileLock, Timeout
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from nst.v1 import (
+    image_service_pb2,
+    image_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     style_service_pb2,
@@ -23,10 +28,14 @@ from nst.v1 import (
 )
 from nst_server.application import Application
 from nst_server.executor import ProcessExecutor
+from nst_server.housekeeping import Housekeeper
+from nst_server.ledger import Ledger
+from nst_server.library import Library
 from nst_server.messages import WorkerConfig
-from nst_server.scheduler import Scheduler
-from nst_server.services import Admission, ModelServicer, StyleServicer, StyleTransferServicer
+from nst_server.services import Admission, ImageServicer, ModelServicer, StyleServicer, StyleTransferServicer
 from nst_server.settings import Settings
+from nst_server.storage.blobs import MEMORY, Blobs
+from nst_server.storage.database import JobStore
 
 log = structlog.get_logger()
 
@@ -34,6 +43,7 @@ SERVICES = (
     style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"].full_name,
     style_service_pb2.DESCRIPTOR.services_by_name["StyleService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name,
 )
 AFTERMATH_S = 2.0
 """How long streams get to deliver their last events once their jobs have ended, seconds."""
@@ -47,6 +57,10 @@ MAX_PORT = 65_535
 
 class AddressInUse(Exception):
     """The address to listen on cannot be had."""
+
+
+class DataFolderInUse(Exception):
+    """Another server uses the data folder."""
 
 
 class Server:
@@ -63,19 +77,43 @@ class Server:
         self.address = settings.listen
         self.starting = True
         self.executors: list[ProcessExecutor] = []
-        self._scheduler = Scheduler(settings.queue_size)
+        self._stopped = False
+        self._lock: BaseFileLock | None = None
+        self._ledger: Ledger | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._application: Application | None = None
         self._health = health.aio.HealthServicer()
         self._grpc: grpc.aio.Server | None = None
+
+    @property
+    def _blobs(self) -> Path | str:
+        settings = self._settings
+        return MEMORY if settings.ephemeral else settings.blobs or settings.data_dir / "objects"
+
+    async def _open(self) -> Ledger:
+        """Open the database and the blobs, which nobody else may use if they are in the data folder."""
+        settings = self._settings
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(settings.data_dir / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DataFolderInUse(f"another nst-server uses the data folder {settings.data_dir}") from error
+        store = await JobStore.open(
+            MEMORY if settings.ephemeral else settings.database or settings.data_dir / "jobs.sqlite3"
+        )
+        return Ledger(store, Blobs.open(self._blobs), None if settings.ephemeral else settings.data_dir / "spool")
 
     async def start(self) -> None:
         """Listen, and start the workers; returns when jobs can be computed.
 
-        Raises AddressInUse, OSError for an unusable data folder, ExecutorUnavailable for a device or feature model
-        that cannot be had.
+        Raises AddressInUse, DataFolderInUse, OSError and RequestError for unusable storage, ValueError for a malformed
+        URL of it, SchemaNewer for a database of a newer server, ModuleNotFoundError for one whose driver is missing,
+        ExecutorUnavailable for a device or feature model that cannot be had.
         """
         settings = self._settings
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        application = Application(settings, self._scheduler)
+        self._ledger = await self._open()
+        self._application = application = Application(settings, self._ledger)
         self._grpc = grpc.aio.server(
             interceptors=[Admission(application, settings.write_timeout_s)],
             maximum_concurrent_rpcs=settings.max_streams,
@@ -97,26 +135,46 @@ class Server:
         )
         style_service_pb2_grpc.add_StyleServiceServicer_to_server(StyleServicer(application), self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(application), self._grpc)
+        max_bytes = settings.max_image_mib * 1024 * 1024
+        library = Library(self._ledger, max_bytes, settings.max_megapixels * 1_000_000)
+        image_service_pb2_grpc.add_ImageServiceServicer_to_server(
+            ImageServicer(library, settings.write_timeout_s), self._grpc
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self.address = self._bind(settings.listen)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await application.take_up()  # before anybody can ask for what is taken up
         await self._grpc.start()
         await self._start_workers()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        keep = timedelta(days=settings.keep_days) if settings.keep_days else None
+        keep_bytes = round(settings.keep_gib * 2**30) if settings.keep_gib else None
+        self._housekeeping = asyncio.create_task(Housekeeper(self._ledger, keep, keep_bytes).run(), name="housekeeping")
         self.starting = False
         log.info("serving", address=self.address, devices=[executor.device for executor in self.executors])
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop."""
+        if self._stopped:
+            return
         served = not self.starting  # else whoever called `start` has the one line that matters
         if served:
             log.info("stopping")
         await self._health.enter_graceful_shutdown()
-        await self._scheduler.stop(self._settings.grace_s if grace_s is None else grace_s)
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            await asyncio.wait([self._housekeeping])
+        if self._application is not None:
+            await self._application.stop(self._settings.grace_s if grace_s is None else grace_s)
         if self._grpc is not None:
             await self._grpc.stop(AFTERMATH_S)
         await asyncio.gather(*(executor.close() for executor in self.executors))
+        if self._ledger is not None:
+            await self._ledger.close(AFTERMATH_S)
+        if self._lock is not None:
+            self._lock.release()
+        self._stopped = True
         if served:
             log.info("stopped")
 
@@ -164,11 +222,14 @@ class Server:
                 weights=settings.weights,
                 grams=settings.data_dir / "grams",
                 grams_max_bytes=settings.gram_cache_mib * 1024 * 1024,
+                blobs=None if settings.ephemeral else self._blobs,
+                checkpoint_interval_s=settings.checkpoint_interval_s,
             )
         )
         self.executors.append(executor)
         await executor.start()
-        self._scheduler.add(executor)
+        assert self._application is not None
+        self._application.scheduler.add(executor)
         return executor
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -14,6 +14,7 @@ import structlog
 from google.protobuf import empty_pb2
 
 from nst.v1 import (
+    image_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     style_service_pb2,
@@ -23,14 +24,20 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import Internal, RequestError, Unread
-from nst_server.jobs import Job, PreviewSpec
+from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, Unread
+from nst_server.frames import PreviewSpec
+from nst_server.jobs import Job
+from nst_server.library import Library
 from nst_server.status import abort
 from nst_server.styles import Style
 
 log = structlog.get_logger()
 
-STYLIZE = "/nst.v1.StyleTransferService/Stylize"
+JOB_MAKERS = ("/nst.v1.StyleTransferService/Stylize", "/nst.v1.StyleTransferService/CreateJob")
+"""Methods that need a place in the queue."""
+
+STATUS_TIMEOUT_S = 10.0
+"""How long a status may wait behind what a client has not read."""
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
@@ -45,6 +52,11 @@ def refusing(method: Method) -> Method:
     async def wrapped(self: Any, request: Any, context: Any) -> Any:
         try:
             return await method(self, request, context)
+        except Unread as error:
+            # The status waits behind what was not read. A client that leaves it there too loses the call without one.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_TIMEOUT_S):
+                    await abort(context, error)
         except RequestError as error:
             await abort(context, error)
         except (grpc.aio.BaseError, grpc.aio.AbortError):
@@ -58,7 +70,7 @@ def refusing(method: Method) -> Method:
 
 
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Holds a place in the queue for each call of Stylize, or refuses it, before its images are received.
+    """Holds a place in the queue for each call that makes a job, or refuses it, before its images are received.
 
     gRPC receives a request before it calls the servicer, and a few hundred requests full of images fill the memory.
     """
@@ -69,7 +81,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
-        if details.method == STYLIZE:
+        if details.method in JOB_MAKERS:
             held = contextlib.ExitStack()
             try:
                 held.enter_context(self._application.place())
@@ -92,6 +104,23 @@ def _refusal(error: RequestError) -> Any:
     return grpc.stream_stream_rpc_method_handler(refuse)  # a stream's messages are received when they are asked for
 
 
+def _caller(context: Any) -> str:
+    """Return the machine that a call comes from."""
+    return str(context.peer()).rpartition(":")[0]
+
+
+async def _write(context: Any, message: Any, timeout_s: float, resource: str) -> None:
+    """Write to a stream. Raises Unread if the client does not read: gRPC never gives up on one that is connected."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except TimeoutError:
+        log.warning("client cut off: it left its stream unread", resource=resource, seconds=timeout_s)
+        raise Unread(f"the stream was left unread for {timeout_s:g} s") from None
+    except grpc.aio.BaseError:  # a client that is gone; gRPC's log need not say so at length
+        raise asyncio.CancelledError from None
+
+
 class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
     """Makes pictures."""
 
@@ -101,18 +130,68 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
 
     @refusing
     async def Stylize(self, request: Any, context: Any) -> None:  # noqa: N802 - the contract's name
-        """Stream a job's events; the job ends when the call does."""
+        """Create a job and stream its events; unless the caller wants otherwise the job ends when the call does."""
         with _place.get():
             asked = convert.request_from_proto(request)
-            job = await self._application.stylize(asked)
+            job = await self._application.create_job(asked, _caller(context), owned=asked.cancel_on_disconnect)
         try:
-            await self._stream(job, asked.preview, context)
-        except TimeoutError:
-            log.warning("client cut off: it left its stream unread", job=job.name, seconds=self._write_timeout_s)
-            # The status waits behind what was not read. A client that leaves it there too loses the call without one.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._write_timeout_s):
-                    await abort(context, Unread(f"the stream was left unread for {self._write_timeout_s:g} s"))
+            await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
+        except (Moved, Stopping):  # which is no wish of the caller: the job goes on
+            raise
+        except BaseException:
+            # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.
+            if asked.cancel_on_disconnect:
+                self._application.cancel(job)
+            raise
+
+    @refusing
+    async def CreateJob(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Create a job."""
+        with _place.get():
+            job = await self._application.create_job(convert.request_from_proto(request.request), _caller(context))
+        return self._described(job)
+
+    @refusing
+    async def GetJob(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Return a job."""
+        return self._described(await self._application.get_job(request.name))
+
+    @refusing
+    async def ListJobs(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Return a page of jobs."""
+        states, page_size = convert.states_from_proto(request.states), convert.page_from_proto(request.page_size)
+        jobs, token = await self._application.list_jobs(states, page_size, request.page_token)
+        return style_transfer_service_pb2.ListJobsResponse(
+            jobs=[self._described(job) for job in jobs], next_page_token=token
+        )
+
+    @refusing
+    async def WatchJob(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Stream a job's events, from any one on."""
+        preview = convert.preview_from_proto(request.preview)
+        job = await self._application.get_job(request.name)
+        if not 0 <= request.after_sequence <= job.snapshot().sequence:
+            bounds = f"from 0 to {job.snapshot().sequence}, the job's last event"
+            raise InvalidField("after_sequence", f"must be {bounds}, not {request.after_sequence}")
+        response = style_transfer_service_pb2.WatchJobResponse
+        await self._stream(job, preview, request.after_sequence, response, context)
+
+    @refusing
+    async def UpdateJob(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Change a job."""
+        update = convert.update_from_proto(request)
+        return self._described(await self._application.update_job(request.name, update))
+
+    @refusing
+    async def CancelJob(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """End a job."""
+        return self._described(await self._application.cancel_job(request.name))
+
+    @refusing
+    async def DeleteJob(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Delete a job."""
+        await self._application.delete_job(request.name)
+        return empty_pb2.Empty()
 
     async def DescribeOptions(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         """Describe every option."""
@@ -120,17 +199,55 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
             options=convert.describe_options(), presets=convert.describe_presets()
         )
 
-    async def _stream(self, job: Job, preview: PreviewSpec, context: Any) -> None:
-        try:
-            async with contextlib.aclosing(job.watch(preview)) as events:
-                async for event in events:
-                    for message in convert.event_to_proto(event):
-                        # gRPC itself never gives up on a client that is connected and does not read.
-                        async with asyncio.timeout(self._write_timeout_s):
-                            await context.write(style_transfer_service_pb2.StylizeResponse(event=message))
-        finally:
-            # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.
-            self._application.cancel(job)
+    def _described(self, job: Job) -> Any:
+        return convert.job_to_proto(job.snapshot(), self._application.scheduler.estimated_start_s(job))
+
+    async def _stream(
+        self, job: Job, preview: PreviewSpec, after: int, response: Callable[..., Any], context: Any
+    ) -> None:
+        """Write a job's events. Raises Unread if the client does not read them."""
+        async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
+            async for event in events:
+                for message in convert.event_to_proto(event):
+                    await _write(context, response(event=message), self._write_timeout_s, job.name)
+
+
+class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
+    """Takes and gives images that are larger than one message."""
+
+    def __init__(self, library: Library, write_timeout_s: float) -> None:
+        self._library = library
+        self._write_timeout_s = write_timeout_s
+
+    @refusing
+    async def CreateUpload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Begin an upload."""
+        return convert.upload_to_proto(await self._library.create(request.total_bytes, request.sha256))
+
+    @refusing
+    async def GetUpload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Return how far an upload has come."""
+        return convert.upload_to_proto(await self._library.get(request.name))
+
+    @refusing
+    async def WriteUpload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Add a part to an upload."""
+        return convert.upload_to_proto(await self._library.write(request.name, request.offset, request.data))
+
+    @refusing
+    async def GetImage(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Describe an image."""
+        return convert.image_record_to_proto(await self._library.describe(request.name))
+
+    @refusing
+    async def DownloadImage(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Stream an image's file."""
+        image = await self._library.describe(request.name)
+        if not 0 <= request.offset <= image.bytes:
+            raise InvalidField("offset", f"must be from 0 to {image.bytes}, not {request.offset}")
+        async for offset, data in self._library.read(image, request.offset):
+            part = convert.stored_part_to_proto(image, offset, data)
+            await _write(context, part, self._write_timeout_s, f"images/{image.sha256}")
 
 
 class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):

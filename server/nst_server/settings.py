@@ -7,10 +7,10 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import platformdirs
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +24,9 @@ from nst_model import CARDS, DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "NST_"
 
+BLOBS = ("s3://", "gs://", "az://", "file://")
+DATABASES = ("postgresql://", "postgres://", "sqlite:///")
+
 
 class Settings(BaseSettings):
     """Every setting of the server. The descriptions are what `nst-server --help` prints."""
@@ -36,7 +39,33 @@ class Settings(BaseSettings):
     listen: str = Field("localhost:50051", description="Address and port to listen on; port 0 takes a free one.")
     data_dir: Path = Field(
         platformdirs.user_data_path("nst"),
-        description="Folder of stored styles and their Gram matrices; made if it is not there.",
+        description="Folder of jobs, images, stored styles and their Gram matrices; made if it is not there. "
+        "One server uses it at a time.",
+    )
+    database: str = Field(
+        "",
+        description="URL of the database of jobs, `postgresql://…`; by default an SQLite file in the data folder.",
+    )
+    blobs: str = Field(
+        "",
+        description="URL of where images and checkpoints are kept, `s3://…`, `gs://…`, `az://…`, `file://…`; "
+        "by default the data folder.",
+    )
+    checkpoint_interval_s: float = Field(
+        5, ge=0.1, le=3600, description="A running job's state is kept this often at most, seconds."
+    )
+    ephemeral: bool = Field(
+        default=False, description="Keep jobs, images and checkpoints in memory only: they end with the server."
+    )
+    keep_days: float = Field(
+        30, ge=0, le=36_500, description="An ended job is deleted so many days after its end; 0 keeps it for ever."
+    )
+    keep_gib: float = Field(
+        20,
+        ge=0,
+        le=1_000_000,
+        description="Ended jobs are deleted, the oldest first, while the images of all jobs together are larger, GiB; "
+        "0 for no limit.",
     )
     devices: list[str] = Field(
         ["auto"],
@@ -53,8 +82,16 @@ class Settings(BaseSettings):
     )
     queue_size: int = Field(16, ge=0, le=10_000, description="Jobs that may wait; one more is refused, with RetryInfo.")
     max_message_mib: int = Field(32, ge=4, le=1024, description="Largest request, MiB.")
+    max_image_mib: int = Field(256, ge=1, le=1024, description="Largest image file that may be uploaded in parts, MiB.")
     max_megapixels: int = Field(100, ge=1, le=1000, description="Largest picture a request may bring, million pixels.")
     max_size_px: int = Field(4096, ge=16, le=4096, description="Largest `size_px` a job may ask for, pixels.")
+    memory_gib: float = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Memory that a job may take of its device, GiB; one that would take more is refused. "
+        "0 stands for what the device has.",
+    )
     max_streams: int = Field(1000, ge=1, le=100_000, description="Calls served at once; one more is refused.")
     gram_cache_mib: int = Field(
         1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."
@@ -69,6 +106,19 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field("console", description="How the log is written.")
 
     _toml: ClassVar[Path | None] = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        for name in ("database", "blobs"):
+            if self.ephemeral and getattr(self, name):
+                raise ValueError(f"ephemeral keeps everything in memory and must not go with {name}")
+        if self.blobs and not self.blobs.startswith(BLOBS):
+            raise ValueError(f"blobs must be {', '.join(f'{scheme}…' for scheme in BLOBS)}, not {self.blobs!r}")
+        if self.database and not self.database.startswith(DATABASES):
+            raise ValueError(f"database must be postgresql://… or sqlite:///…, not {self.database.split('@')[-1]!r}")
+        if self.database and not self.blobs:
+            raise ValueError("database needs blobs: servers that share one must share the other, s3://… or file://…")
+        return self
 
     @field_validator("default_model")
     @classmethod
@@ -128,6 +178,7 @@ def _command_line(settings: type[Settings]) -> CliSettingsSource[argparse.Argume
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=False,
+        cli_implicit_flags=True,
         root_parser=argparse.ArgumentParser(
             prog="nst-server",
             description="Neural style transfer as a gRPC service. Each setting may also come from the environment "

@@ -13,13 +13,19 @@ from nst_server.errors import (
     AlreadyExists,
     Internal,
     InvalidField,
+    JobEnded,
     ModelNotFetched,
+    Moved,
     NotFound,
+    PartMissing,
     QueueFull,
     RequestError,
+    RequestIdReused,
     Stopping,
+    StorageDamaged,
     StorageFull,
     StorageReadOnly,
+    StorageUnavailable,
     Unread,
 )
 
@@ -29,16 +35,22 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
     AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
+    JobEnded: grpc.StatusCode.FAILED_PRECONDITION,
     ModelNotFetched: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
+    StorageDamaged: grpc.StatusCode.DATA_LOSS,
+    StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
     Unread: grpc.StatusCode.UNAVAILABLE,
+    Moved: grpc.StatusCode.UNAVAILABLE,
+    PartMissing: grpc.StatusCode.OUT_OF_RANGE,
     Internal: grpc.StatusCode.INTERNAL,
     Stopping: grpc.StatusCode.UNAVAILABLE,
 }
 
-STOPPING_RETRY_S = 5.0
+RETRY_S = 5.0
 
 MAX_TEXT_BYTES = 1000
 """A status travels in HTTP/2 headers, of which clients accept 8 KiB, and each text in it two or three times."""
@@ -57,7 +69,8 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError
 
 
 def _details(error: RequestError) -> list[Any]:
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    metadata = {"received_bytes": str(error.received_bytes)} if isinstance(error, PartMissing) else {}
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if isinstance(error, InvalidField | NotFound):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=_short(error.field), description=_short(error.problem)
@@ -65,8 +78,8 @@ def _details(error: RequestError) -> list[Any]:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, QueueFull):
         details.append(_retry(error.retry_after_s))
-    if isinstance(error, Stopping):
-        details.append(_retry(STOPPING_RETRY_S))
+    if isinstance(error, Stopping | Moved | StorageUnavailable):
+        details.append(_retry(RETRY_S))
     return details
 
 

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import structlog
 
-from nst_server.errors import AlreadyExists, InvalidField, NotFound, StorageFull, StorageReadOnly
+from nst_server.errors import AlreadyExists, InvalidField, NotFound
+from nst_server.storage.faults import refusal
 
 log = structlog.get_logger()
 
 ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-FULL = (errno.ENOSPC, errno.EDQUOT)
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 DAMAGED = (ValueError, KeyError, TypeError)
 """What reading a style.json raises that is not what was written."""
 
@@ -77,7 +76,7 @@ class StyleStore:
             if not self._write(style, images):
                 return self._same(style)
         except OSError as error:
-            raise _refusal(error, "stored") from error
+            raise refusal(error, "the style was not stored: the data folder") or error from error
         return style
 
     def get(self, name: str, field: str = "name") -> Style:
@@ -124,7 +123,7 @@ class StyleStore:
         except FileNotFoundError:
             raise NotFound("name", f"there is no style {name!r}") from None
         except OSError as error:
-            raise _refusal(error, "deleted") from error
+            raise refusal(error, "the style was not deleted: the data folder") or error from error
         shutil.rmtree(deleted, ignore_errors=True)
 
     def clean(self) -> None:
@@ -160,14 +159,6 @@ class StyleStore:
                 f"{style.name} exists, with other images, weights or display name; delete it or choose another style_id"
             )
         return there
-
-
-def _refusal(error: OSError, verb: str) -> Exception:
-    if error.errno in FULL:
-        return StorageFull(f"the data folder is full; the style was not {verb} ({error})")
-    if error.errno in READ_ONLY:
-        return StorageReadOnly(f"the data folder cannot be written to; the style was not {verb} ({error})")
-    return error
 
 
 def _content_id(images: Sequence[StoredImage], display_name: str) -> str:

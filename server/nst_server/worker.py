@@ -7,6 +7,8 @@ optimization never waits for the front. Pictures have a slot for the newest one 
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -14,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -22,18 +24,29 @@ import numpy as np
 import torch
 
 import nst_model
-from nst_model import FeatureModel, Iterate, NstModelError, StopReason, Style, StylizeOptions
+from nst_model import FeatureModel, InvalidOption, Iterate, NstModelError, Style, StylizeOptions
+from nst_model.devices import memory_bytes
+from nst_model.errors import DamagedState
 from nst_model.losses import MOMENTS
-from nst_model.stylization import LayerTargets, TargetsOf, scales
+from nst_model.options import STEERABLE
+from nst_model.state import State
+from nst_model.stylization import LayerTargets, Stylization, TargetsOf, of_size, scales
 from nst_model.weights import load_weights
+from nst_server.errors import RequestError
 from nst_server.gram_cache import GramCache, GramKey
 from nst_server.messages import (
+    FINISHED,
     Cancel,
     Cancelled,
+    Checkpoint,
     Done,
     Ending,
+    EveryFrame,
     Failed,
+    Finish,
+    Kept,
     Message,
+    Order,
     Pictured,
     PrepareTask,
     Progressed,
@@ -41,17 +54,27 @@ from nst_server.messages import (
     Refused,
     Shutdown,
     Started,
+    Steer,
+    Steered,
     StyleImage,
     StylizeTask,
+    Suspend,
+    Suspended,
     Task,
     WorkerConfig,
 )
+from nst_server.storage.blobs import Blobs
 
 if TYPE_CHECKING:
     from nst_server.images import Mask
 
+log = logging.getLogger(__name__)
+
 RATE_WINDOW = 10
 """Iterations that the rate is averaged over."""
+
+SELDOM = 100
+"""A checkpoint that took a second of processor time is followed by this many seconds without one."""
 
 
 def main(connection: Connection, config: WorkerConfig) -> None:
@@ -65,10 +88,11 @@ def main(connection: Connection, config: WorkerConfig) -> None:
         sender.close()
         return
     reader = _Reader(connection)
-    sender.send(Ready(str(worker.model(config.model).device), tuple(nst_model.available_devices())))
+    device = worker.model(config.model).device
+    sender.send(Ready(str(device), tuple(nst_model.available_devices()), memory_bytes(device)))
     while True:
-        task, stop = reader.next_task()
-        sender.send(worker.run(task, stop))
+        task, control = reader.next_task()
+        sender.send(worker.run(task, control))
 
 
 class Worker:
@@ -80,6 +104,8 @@ class Worker:
         self._config = config
         self._device = nst_model.resolve_device(config.device)
         self._sender = sender
+        blobs = None if config.blobs is None else Blobs.open(config.blobs)
+        self._keeper = _Keeper(blobs, config.checkpoint_interval_s, sender)
         self._grams = GramCache(config.grams)
         self._models: dict[str, FeatureModel] = {}
         self.model(config.model)
@@ -91,15 +117,15 @@ class Worker:
             self._models[name] = FeatureModel(weights, self._device)
         return self._models[name]
 
-    def run(self, task: Task, stop: threading.Event) -> Ending:
+    def run(self, task: Task, control: Control) -> Ending:
         """Run a task to its end; whatever goes wrong is an ending too."""
         try:
             match task:
                 case StylizeTask():
-                    return self._stylize(task, stop)
+                    return self._stylize(task, control)
                 case PrepareTask():
-                    self._prepare(task, stop)
-                    return Cancelled(task.id) if stop.is_set() else Done(task.id)
+                    self._prepare(task, control.stop)
+                    return Cancelled(task.id) if control.stop.is_set() else Done(task.id)
         except NstModelError as error:
             return Failed(
                 task.id,
@@ -113,40 +139,77 @@ class Worker:
             traceback.print_exc()
             return Failed(task.id, "INTERNAL", f"{type(error).__name__}: {error}")
 
-    def _stylize(self, task: StylizeTask, stop: threading.Event) -> Ending:
+    def _stylize(self, task: StylizeTask, control: Control) -> Ending:
         model = self.model(task.model)
         clock = _Clock()
+        self._keeper.begin()
         self._sender.send(Started(task.id, model.precision(task.options).value))
         styles = _styles(task.styles)
         content = nst_model.from_pixels(task.content)
         targets_of = self._targets_of(model, task.styles)
         start = None if task.start is None else nst_model.from_pixels(task.start)
-        best: Iterate | None = None
-        reason = StopReason.ITERATIONS
-        latest, averaged = -1, task.options.averaging > 0
-        for iterate in nst_model.stylize(
-            model, content, styles, task.options, start=start, targets_of=targets_of, stop=stop
-        ):
-            reason = iterate.stop_reason or reason
-            if best is not None and iterate.index <= latest:  # the best one again, with the news
-                break
+        run = Stylization(model, content, styles, task.options, start=start, targets_of=targets_of, stop=control.stop)
+        if task.checkpoint is not None:
+            self._take_up(run, task, task.checkpoint, clock)
+        reason, latest = "", -1
+        for iterate in run:
+            if iterate.index > latest:  # else the best one again, with the reason to stop
+                self._report(task, iterate, clock, every_frame=task.every_frame or control.every_frame)
             latest = iterate.index
-            # An average is the better the later, and the objective is not known at it.
-            if not best or best.picture.shape != iterate.picture.shape or iterate.loss < best.loss or averaged:
-                best = iterate
-            self._report(task, iterate, clock)
+            if iterate.stop_reason is not None:
+                reason = iterate.stop_reason.value
+                break
+            order = self._obeyed(task, run, control)
+            if isinstance(order, Finish):
+                reason = FINISHED
+                break
+            if isinstance(order, Suspend):
+                self._keeper.keep(task, run, latest, clock)
+                return Suspended(task.id)
+            self._keeper.offer(task, run, latest, clock)
         self._grams.trim(self._config.grams_max_bytes)
-        if stop.is_set() or best is None:
+        if control.stop.is_set() or run.best is None:
             return Cancelled(task.id)
-        pixels = nst_model.to_pixels(best.picture, bits=task.bit_depth)
-        return Done(task.id, pixels, best.index, best.loss, reason.value)
+        # One that is finished early may have to be enlarged.
+        picture = of_size(run.best.picture, content.shape[1:])
+        return Done(task.id, nst_model.to_pixels(picture, bits=task.bit_depth), run.best.index, run.best.loss, reason)
 
-    def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock) -> None:
+    def _take_up(self, run: Stylization, task: StylizeTask, checkpoint: Checkpoint, clock: _Clock) -> None:
+        """Go on from a checkpoint; without one that can be read the run begins anew, which costs time only."""
+        try:
+            run.restore(State.from_bytes(self._keeper.read(checkpoint)))
+        except (DamagedState, RequestError, OSError) as error:
+            log.warning("%s cannot be gone on from: %s; the job begins anew", checkpoint.key, error)
+        else:
+            clock.go_on(checkpoint.elapsed_s)
+            # What the caller has changed since.
+            wanted = {name: getattr(task.options, name) for name in STEERABLE}
+            if any(getattr(run.options, name) != value for name, value in wanted.items()):
+                run.steer(**wanted)
+
+    def _obeyed(self, task: StylizeTask, run: Stylization, control: Control) -> Finish | Suspend | None:
+        """Carry out the orders that have come; return the one that ends the run."""
+        for order in control.orders():
+            if isinstance(order, Finish | Suspend):
+                return order
+            if isinstance(order, EveryFrame):
+                control.every_frame = True
+                continue
+            assert isinstance(order, Steer)
+            try:
+                run.steer(**order.changes)
+            except InvalidOption as error:  # it was checked; the job goes on as it was
+                log.warning("%s cannot be steered: %s", task.id, error)
+            self._sender.send(Steered(task.id, run.options))
+        return None
+
+    def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock, *, every_frame: bool) -> None:
         elapsed_s, rate, remaining_s = clock.tick(iterate.index, iterate.work)
         losses = (iterate.loss, iterate.content_loss, iterate.tv_loss, iterate.laplacian_loss, iterate.style_losses)
         self._sender.send(Progressed(task.id, iterate.index, iterate.iterations, *losses, elapsed_s, rate, remaining_s))
         if task.frame_interval and iterate.index % task.frame_interval == 0:
-            self._sender.send_picture(Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture)))
+            picture = Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture))
+            (self._sender.send if every_frame else self._sender.send_picture)(picture)
 
     def _prepare(self, task: PrepareTask, stop: threading.Event) -> None:
         model = self.model(task.model)
@@ -213,12 +276,23 @@ class _Clock:
         self._start = time.monotonic()
         self._ticks: collections.deque[tuple[int, float, float]] = collections.deque(maxlen=RATE_WINDOW + 1)
 
+    def go_on(self, elapsed_s: float) -> None:
+        """Count from what another clock showed."""
+        self._start -= elapsed_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._start
+
     def tick(self, iteration: int, work: float) -> tuple[float, float, float]:
         """Return elapsed seconds, iterations per second and remaining seconds; 0 for what is unknown.
 
         `work` is the part of the run that is done: iterations at finer scales take longer.
         """
         now = time.monotonic()
+        if self._ticks and iteration != self._ticks[-1][0] + 1:
+            self._ticks.clear()  # a scale has ended early: what was left out took no time
         self._ticks.append((iteration, work, now))
         first, then_done, then = self._ticks[0]
         if iteration == first or now <= then:
@@ -227,33 +301,140 @@ class _Clock:
         return now - self._start, (iteration - first) / passed, (1 - work) * passed / (work - then_done)
 
 
+class Control:
+    """The orders for one task, from the reader to whoever computes.
+
+    Attributes:
+        stop: set when the task is cancelled.
+        every_frame: whether no picture may be left out.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.every_frame = False
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+
+    def give(self, order: Order) -> None:
+        """Take an order; one to cancel goes before all others."""
+        if isinstance(order, Cancel):
+            self.stop.set()
+        else:
+            self._orders.put(order)
+
+    def orders(self) -> Iterator[Order]:
+        """Yield the orders that have come."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._orders.get_nowait()
+
+
+class _Keeper(threading.Thread):
+    """Writes checkpoints while the next iterations are computed; costs less than a hundredth of the time."""
+
+    def __init__(self, blobs: Blobs | None, interval_s: float, sender: _Sender) -> None:
+        super().__init__(daemon=True, name="keeper")
+        self._blobs = blobs
+        self._interval_s = interval_s
+        self._sender = sender
+        self._waiting: queue.SimpleQueue[tuple[StylizeTask, State, Checkpoint]] = queue.SimpleQueue()
+        self._copying_s = 0.0
+        self._busy = False
+        self._due = 0.0
+        self.start()
+
+    def read(self, checkpoint: Checkpoint) -> bytes:
+        """Return what was kept."""
+        if checkpoint.data:
+            return checkpoint.data
+        if self._blobs is None:
+            raise FileNotFoundError("this server keeps no checkpoints")
+        return self._blobs.fetch_now(checkpoint.key)
+
+    def begin(self) -> None:
+        """Begin to count the interval for another task."""
+        self._due = time.monotonic() + self._interval_s
+
+    def offer(self, task: StylizeTask, run: Stylization, iteration: int, clock: _Clock) -> None:
+        """Keep the state of a run between two iterates if it is time to."""
+        if self._blobs is None or self._busy or time.monotonic() < self._due:
+            return
+        began = time.monotonic()
+        try:
+            state = run.state()
+        except (torch.OutOfMemoryError, MemoryError) as error:  # the run itself may have room
+            log.warning("no checkpoint of %s: %s", task.id, error)
+            self._due = time.monotonic() + self._interval_s
+            return
+        self._busy = True
+        self._copying_s = time.monotonic() - began
+        self._waiting.put((task, state, _checkpoint(task, iteration, clock)))
+
+    def keep(self, task: StylizeTask, run: Stylization, iteration: int, clock: _Clock) -> None:
+        """Keep the state of a run between two iterates now, with the front if there is nowhere else.
+
+        A failure is logged: the last checkpoint stays.
+        """
+        while self._busy:
+            time.sleep(0.01)
+        checkpoint = _checkpoint(task, iteration, clock)
+        if self._blobs is not None:
+            self._write(task, run.state(), checkpoint)
+        else:
+            kept = dataclasses.replace(checkpoint, key="", data=run.state().to_bytes())
+            self._sender.send(Kept(task.id, kept))
+
+    def run(self) -> None:
+        while True:
+            task, state, checkpoint = self._waiting.get()
+            began = time.thread_time()
+            self._write(task, state, checkpoint)
+            cost_s = self._copying_s + time.thread_time() - began  # to wait for the disk costs nothing
+            self._due = time.monotonic() + max(self._interval_s, SELDOM * cost_s)
+            del state
+            self._busy = False
+
+    def _write(self, task: StylizeTask, state: State, checkpoint: Checkpoint) -> None:
+        assert self._blobs is not None
+        try:
+            self._blobs.write_now(checkpoint.key, state.to_bytes())
+        except Exception as error:  # whatever it is, the run goes on
+            log.warning("no checkpoint of %s: %s", task.id, error)
+        else:
+            self._sender.send(Kept(task.id, checkpoint))
+
+
+def _checkpoint(task: StylizeTask, iteration: int, clock: _Clock) -> Checkpoint:
+    key = f"checkpoints/{task.id.rpartition('/')[2]}/{task.attempt}-{iteration}"
+    return Checkpoint(key, iteration, clock.elapsed_s)
+
+
 class _Reader(threading.Thread):
     """Reads tasks and cancellations; ends the process when the front is gone."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(daemon=True, name="reader")
         self._connection = connection
-        self._tasks: queue.SimpleQueue[tuple[Task, threading.Event]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Task, Control]] = queue.SimpleQueue()
         self.start()
 
-    def next_task(self) -> tuple[Task, threading.Event]:
-        """Wait for a task; return it with the event that is set when it is cancelled."""
+    def next_task(self) -> tuple[Task, Control]:
+        """Wait for a task; return it with the orders that come for it."""
         return self._tasks.get()
 
     def run(self) -> None:
-        current: tuple[str, threading.Event] | None = None
+        current: tuple[str, Control] | None = None
         while True:
             try:
-                message: Task | Cancel | Shutdown = self._connection.recv()
+                message: Task | Order | Shutdown = self._connection.recv()
             except (EOFError, OSError):
                 message = Shutdown()
             if isinstance(message, Shutdown):
                 os._exit(0)  # in the middle of whatever is being computed: nobody wants it any more
-            if isinstance(message, Cancel):
+            if isinstance(message, Order):
                 if current is not None and current[0] == message.id:
-                    current[1].set()
+                    current[1].give(message)
             else:
-                current = (message.id, threading.Event())
+                current = (message.id, Control())
                 self._tasks.put((message, current[1]))
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
@@ -21,6 +25,7 @@ from PIL import Image
 
 from nst.v1 import (
     image_pb2,
+    image_service_pb2_grpc,
     job_pb2,
     model_service_pb2_grpc,
     options_pb2,
@@ -28,6 +33,7 @@ from nst.v1 import (
     style_transfer_service_pb2,
     style_transfer_service_pb2_grpc,
 )
+from nst_client import AsyncClient, Client, Result
 
 JOB = "jobs/j1"
 
@@ -50,6 +56,12 @@ class Story:
     def __init__(self) -> None:
         self.steps: list[Any] = []
         self.sequence = 0
+        self.attempt = 1
+
+    def after(self, sequence: int, *, attempt: int = 1) -> Story:
+        """Go on counting after an event."""
+        self.sequence, self.attempt = sequence, attempt
+        return self
 
     def then(self, step: Any) -> Story:
         """Append a message, an exception to raise, seconds to sleep, or a function to call."""
@@ -59,8 +71,9 @@ class Story:
     def event(self, *, numbered: bool = False, **event: Any) -> Story:
         """Append an event."""
         self.sequence += numbered
-        message = job_pb2.JobEvent(sequence=self.sequence, attempt=1, **event)
+        message = job_pb2.JobEvent(sequence=self.sequence, attempt=self.attempt, **event)
         message.event_time.FromNanoseconds(1_700_000_000_000_000_000)
+        # WatchJobResponse is the same on the wire.
         return self.then(style_transfer_service_pb2.StylizeResponse(event=message))
 
     def job(self, state: str, **fields: Any) -> job_pb2.Job:
@@ -73,7 +86,7 @@ class Story:
 
     def snapshot(self, **fields: Any) -> Story:
         """Append the first event of every stream."""
-        return self.event(snapshot=self.job("QUEUED", **fields))
+        return self.event(snapshot=self.job(fields.pop("state", "QUEUED"), **fields))
 
     def state(self, state: str, **fields: Any) -> Story:
         """Append a state change."""
@@ -185,27 +198,93 @@ class Server:
     def __init__(self) -> None:
         self.address = ""
         self.requests: list[Any] = []
+        """What Stylize and CreateJob were asked for."""
+        self.calls: list[Any] = []
+        """Every request about jobs, in order."""
         self.metadata: list[dict[str, Any]] = []
         self.hung_up = threading.Event()
-        """Set when a client leaves a Stylize stream."""
+        """Set when a client leaves a stream."""
+        self.cancelled = threading.Event()
+        """Set when a client cancels the job."""
         self.grpc_server: grpc.Server
+
+    def asked(self, kind: str) -> list[Any]:
+        """Return the requests of one method."""
+        return [request for request in self.calls if type(request).__name__ == f"{kind}Request"]
 
 
 class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
-    """Answers every Stylize with one story."""
+    """Has one job. Answers each stream with the next of some stories, and the last one again and again."""
 
-    def __init__(self, server: Server, story: Story) -> None:
+    def __init__(self, server: Server, *stories: Story) -> None:
         self._server = server
-        self._story = story
+        self._stories = list(stories)
+        self._job = Story().job("QUEUED")
 
     def Stylize(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        """Tell the story."""
+        """Tell a story."""
         self._server.requests.append(request)
+        self._job.request_id = request.request_id
+        return self._told(request, context)
+
+    def WatchJob(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        """Tell a story."""
+        return self._told(request, context)
+
+    def CreateJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Return the job; refuse if the story begins with that, and wait if it begins so."""
+        self._server.requests.append(request.request)
+        self._note(request, context)
+        self._job.request_id = request.request.request_id
+        match self._stories[0].steps:
+            case [Abort() as abort, *_]:
+                if len(self._stories) > 1:
+                    self._stories.pop(0)
+                context.abort_with_status(abort.status)
+            case [float() as seconds, *_]:
+                time.sleep(seconds)
+        return self._job
+
+    def GetJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Return the job."""
+        self._note(request, context)
+        return self._job
+
+    def ListJobs(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Return the job, if anybody made it."""
+        self._note(request, context)
+        return style_transfer_service_pb2.ListJobsResponse(jobs=[self._job] if self._job.request_id else [])
+
+    def UpdateJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Pause or resume the job."""
+        self._note(request, context)
+        if request.HasField("paused"):
+            self._job.state = job_pb2.JOB_STATE_PAUSED if request.paused else job_pb2.JOB_STATE_QUEUED
+        return self._job
+
+    def CancelJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Note it."""
+        self._note(request, context)
+        self._job.state = job_pb2.JOB_STATE_CANCELLED
+        self._server.cancelled.set()
+        return self._job
+
+    def DeleteJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Note it."""
+        self._note(request, context)
+        return Empty()
+
+    def _note(self, request: Any, context: grpc.ServicerContext) -> None:
+        self._server.calls.append(request)
         self._server.metadata.append(dict(context.invocation_metadata()))
+
+    def _told(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        self._note(request, context)
+        story = self._stories.pop(0) if len(self._stories) > 1 else self._stories[0]
         left = threading.Event()
         context.add_callback(left.set)
         context.add_callback(self._server.hung_up.set)
-        for step in self._story.steps:
+        for step in story.steps:
             if isinstance(step, Abort):
                 context.abort_with_status(step.status)
             elif isinstance(step, Message):
@@ -216,6 +295,93 @@ class StoryTeller(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
                 continue
             else:
                 return
+
+
+class SyncCaller:
+    """Uses `Client`."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a stylization."""
+        with Client(address, **self.settings) as client, client.stylize(*arguments, **options) as stylization:
+            return list(stylization)
+
+    def watched(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a job."""
+        with Client(address, **self.settings) as client, client.watch_job(*arguments, **options) as stylization:
+            return list(stylization)
+
+    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
+        """Return the result of a stylization."""
+        with Client(address, **self.settings) as client:
+            return client.stylize(*arguments, **options).result()
+
+    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
+        """Return what a method returns; a list for what it yields."""
+        with Client(address, timeout_s=limit_s, **self.settings) as client:
+            answer = getattr(client, method)(*arguments, **options)
+            return list(answer) if isinstance(answer, Iterator) else answer
+
+
+class AsyncCaller:
+    """Uses `AsyncClient`."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a stylization."""
+
+        async def run() -> list[Any]:
+            async with (
+                AsyncClient(address, **self.settings) as client,
+                client.stylize(*arguments, **options) as stylization,
+            ):
+                return [event async for event in stylization]
+
+        return asyncio.run(run())
+
+    def watched(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
+        """Return all events of a job."""
+
+        async def run() -> list[Any]:
+            async with AsyncClient(address, **self.settings) as client, client.watch_job(*arguments, **options) as job:
+                return [event async for event in job]
+
+        return asyncio.run(run())
+
+    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
+        """Return the result of a stylization."""
+
+        async def run() -> Result:
+            async with AsyncClient(address, **self.settings) as client:
+                return await client.stylize(*arguments, **options).result()
+
+        return asyncio.run(run())
+
+    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
+        """Return what a method returns; a list for what it yields."""
+
+        async def run() -> Any:
+            async with AsyncClient(address, timeout_s=limit_s, **self.settings) as client:
+                answer = getattr(client, method)(*arguments, **options)
+                return [item async for item in answer] if hasattr(answer, "__aiter__") else await answer
+
+        return asyncio.run(run())
+
+
+@pytest.fixture(params=[SyncCaller, AsyncCaller], ids=["sync", "async"])
+def caller(request: pytest.FixtureRequest) -> Any:
+    """Return what uses one of the two clients."""
+    return request.param()
+
+
+@pytest.fixture
+def tell() -> Callable[[], Story]:
+    """Return the maker of stories, for those who need several."""
+    return Story
 
 
 @pytest.fixture
@@ -262,8 +428,12 @@ def serve() -> Iterator[Callable[..., Server]]:
     def start(*served: Any, credentials: Any = None, options: Any = (), port: int = 0) -> Server:
         server = Server()
         server.grpc_server = grpc.server(ThreadPoolExecutor(16), options=options)
+        stories = [servicer for servicer in served if isinstance(servicer, Story)]
+        if stories:
+            add(server, StoryTeller(server, *stories))
         for servicer in served:
-            add(server, servicer)
+            if not isinstance(servicer, Story):
+                add(server, servicer)
         if credentials is None:
             port = server.grpc_server.add_insecure_port(f"localhost:{port}")
         else:
@@ -274,18 +444,71 @@ def serve() -> Iterator[Callable[..., Server]]:
         return server
 
     def add(server: Server, servicer: Any) -> None:
-        if isinstance(servicer, Story):
-            servicer = StoryTeller(server, servicer)
         if isinstance(servicer, style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
             style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(servicer, server.grpc_server)
         elif isinstance(servicer, style_service_pb2_grpc.StyleServiceServicer):
             style_service_pb2_grpc.add_StyleServiceServicer_to_server(servicer, server.grpc_server)
+        elif isinstance(servicer, image_service_pb2_grpc.ImageServiceServicer):
+            image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server.grpc_server)
         else:
             model_service_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server.grpc_server)
 
     yield start
     for server in running:
         server.stop(grace=0).wait(5)
+
+
+class Wire:
+    """A wire between a client and a server, which can be cut."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("localhost", 0))
+        self._sockets = [self._listener]
+        self._frozen: set[socket.socket] = set()
+        self.address = f"localhost:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Cut the wire: both ends see a reset, as when a machine's power fails."""
+        for end in self._sockets:
+            with closing(end), suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+                end.shutdown(socket.SHUT_RDWR)
+
+    def freeze(self) -> None:
+        """Carry nothing more over the connections that stand, as when a machine loses its network."""
+        self._frozen |= set(self._sockets)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if source not in self._frozen:
+                    sink.sendall(data)
+
+
+@pytest.fixture
+def wire() -> Iterator[Callable[[str], Wire]]:
+    """Return what lays a wire to a server, for the time of the test."""
+    wires: list[Wire] = []
+
+    def lay(address: str) -> Wire:
+        wires.append(Wire(address))
+        return wires[-1]
+
+    yield lay
+    for laid in wires:
+        laid.cut()
 
 
 @pytest.fixture

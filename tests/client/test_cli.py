@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -34,7 +36,7 @@ from nst.v1 import (
     style_transfer_service_pb2,
     style_transfer_service_pb2_grpc,
 )
-from nst_client import cli
+from nst_client import Client, cli
 
 NST = [sys.executable, "-c", "from nst_client.cli import main; main()"]
 
@@ -179,7 +181,7 @@ def test_json_is_a_line_for_every_event(
 def test_json_has_no_words_that_json_lacks(nst: Any, serve: Any, story: Any, photo: Path, wave: Path) -> None:
     """A loss that is not a number is null, so that every JSON parser reads the line."""
     progress = {"iteration": 1, "iterations": 2, "loss": float("nan"), "content_loss": float("inf")}
-    server = serve(story.snapshot().event(progress=progress).result().state("SUCCEEDED"))
+    server = serve(story.snapshot().event(numbered=True, progress=progress).result().state("SUCCEEDED"))
     done = nst("stylize", photo, wave, "--json", "-o", photo.with_name("o.png"), address=server.address)
     event = json.loads(done.stdout.splitlines()[1])
     assert (event["loss"], event["content_loss"]) == (None, None)
@@ -309,7 +311,7 @@ STATUSES: list[Any] = [
     (CODE.NOT_FOUND, "there is no styles/x", 2, "nst: there is no styles/x\n"),
     (CODE.FAILED_PRECONDITION, "vgg19 is not fetched", 1, "nst: vgg19 is not fetched\n"),
     (CODE.RESOURCE_EXHAUSTED, "the queue is full", 3, "nst: the queue is full; try again in 7 s\n"),
-    (CODE.UNAVAILABLE, "stopping", 3, "is not available: stopping; try again in 7 s\n"),
+    (CODE.UNAVAILABLE, "stopping", 3, "is not available: stopping; try again in 1 h 56 min\n"),
     (CODE.INTERNAL, "oh", 1, "failed with INTERNAL: oh\n"),
 ]
 
@@ -331,7 +333,9 @@ def test_the_servers_errors_have_exit_codes(
     """What the server says reaches the person, in one line, with an exit code that a script can act on."""
     details = [OUR_WORD]
     if exit_code == 3:
-        details.append(RetryInfo(retry_delay=Duration(seconds=7)))
+        # More than anybody's patience, where the server may come back.
+        seconds = 7000 if code is CODE.UNAVAILABLE else 7
+        details.append(RetryInfo(retry_delay=Duration(seconds=seconds)))
     server = serve(story.then(aborted(code, words, *details)))
     done = nst("stylize", photo, wave, "-o", photo.with_name("o.png"), address=server.address)
     assert (done.exit_code, done.stdout) == (exit_code, "")
@@ -362,18 +366,20 @@ def test_unreachable_server_exits_with_3(photo: Path, wave: Path) -> None:
     assert second == "nst-server starts a server; --server or NST_SERVER names another"
 
 
-def test_server_that_is_killed_exits_with_3(serve: Any, story: Any, photo: Path, wave: Path) -> None:
-    """A server that goes away in the middle is a sentence too, with nothing of gRPC's log around it."""
+def test_server_that_does_not_come_back_exits_with_3(
+    nst: Any, serve: Any, story: Any, photo: Path, wave: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that goes away is waited for, for a while; then the job is named, and what takes it up again."""
+    monkeypatch.setattr(cli, "Client", functools.partial(Client, patience_s=0.5))
     server = serve(story.snapshot().progress(0).then(30))
-    process = spawned("stylize", photo, wave, "-o", photo.with_name("o.png"), address=server.address)
-    assert process.stderr is not None
-    while b"iteration 0/4" not in process.stderr.readline():
-        pass
-    server.grpc_server.stop(grace=0)
-    code, _, err = ended(process)
-    assert code == 3
-    assert err.startswith("nst: ")
-    assert err.count("\n") <= 2
+    threading.Timer(0.5, server.grpc_server.stop, [0]).start()
+    done = nst("stylize", photo, wave, "-o", photo.with_name("o.png"), address=server.address)
+    assert done.exit_code == 3
+    *shown, sentence, advice = done.stderr.splitlines()
+    assert "connection lost, trying again" in shown
+    assert sentence.startswith("nst: ")
+    assert sentence.endswith("jobs/j1 may still be running")
+    assert advice == "`nst jobs watch jobs/j1 -o OUT` takes it up again"
 
 
 def test_mistake_of_ours_is_a_sentence(nst: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

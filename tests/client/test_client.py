@@ -10,7 +10,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -71,65 +70,6 @@ from nst_client import (
     Weighted,
 )
 from nst_client.status import nst_error
-
-
-class SyncCaller:
-    """Uses `Client`."""
-
-    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
-        """Return all events of a stylization."""
-        with Client(address) as client, client.stylize(*arguments, **options) as stylization:
-            return list(stylization)
-
-    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
-        """Return the result of a stylization."""
-        with Client(address) as client:
-            return client.stylize(*arguments, **options).result()
-
-    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
-        """Return what a method returns; a list for what it yields."""
-        with Client(address, timeout_s=limit_s) as client:
-            answer = getattr(client, method)(*arguments, **options)
-            return list(answer) if isinstance(answer, Iterator) else answer
-
-
-class AsyncCaller:
-    """Uses `AsyncClient`."""
-
-    def events(self, address: str, *arguments: Any, **options: Any) -> list[Any]:
-        """Return all events of a stylization."""
-
-        async def run() -> list[Any]:
-            async with AsyncClient(address) as client, client.stylize(*arguments, **options) as stylization:
-                return [event async for event in stylization]
-
-        return asyncio.run(run())
-
-    def result(self, address: str, *arguments: Any, **options: Any) -> Result:
-        """Return the result of a stylization."""
-
-        async def run() -> Result:
-            async with AsyncClient(address) as client:
-                return await client.stylize(*arguments, **options).result()
-
-        return asyncio.run(run())
-
-    def call(self, address: str, method: str, *arguments: Any, limit_s: float = 5.0, **options: Any) -> Any:
-        """Return what a method returns; a list for what it yields."""
-
-        async def run() -> Any:
-            async with AsyncClient(address, timeout_s=limit_s) as client:
-                answer = getattr(client, method)(*arguments, **options)
-                return [item async for item in answer] if hasattr(answer, "__aiter__") else await answer
-
-        return asyncio.run(run())
-
-
-@pytest.fixture(params=[SyncCaller, AsyncCaller], ids=["sync", "async"])
-def caller(request: pytest.FixtureRequest) -> Any:
-    """Return what uses one of the two clients."""
-    return request.param()
-
 
 # What is sent
 
@@ -201,6 +141,10 @@ def test_silence_is_sent_as_silence(caller: Any, serve: Any, story: Any) -> None
     expected = style_transfer_service_pb2.StylizeRequest(options=options_pb2.StylizeOptions())
     expected.content.data = b"photo"
     expected.styles.add().image.data = b"style"
+    # What a job needs to outlive its stream, and to be made once only.
+    expected.cancel_on_disconnect = False
+    expected.request_id = server.requests[0].request_id
+    assert len(expected.request_id) == 32
     assert server.requests == [expected]
 
 
@@ -299,13 +243,14 @@ def test_job_cancelled_by_the_server(caller: Any, serve: Any, story: Any) -> Non
 
 
 def test_damaged_stream_is_refused_and_hung_up(caller: Any, serve: Any, story: Any, parts: Any) -> None:
-    """A broken part raises at once and ends the call, so the server stops working for it."""
+    """A broken part raises at once and ends the call; the job, which may be watched anew, is left alone."""
     piece, _ = parts(b"0123456789", "PNG", 2)
     piece.offset = 3
-    server = serve(story.snapshot().event(result={"image": piece}).then(30))
+    server = serve(story.snapshot().event(numbered=True, result={"image": piece}).then(30))
     with pytest.raises(BrokenStreamError):
         caller.events(server.address, b"p", b"s")
     assert server.hung_up.wait(5)
+    assert not server.cancelled.is_set()
 
 
 def test_early_end_is_an_error(caller: Any, serve: Any, story: Any) -> None:
@@ -363,6 +308,7 @@ def test_status_becomes_our_exception(
 ) -> None:
     """Every status is one exception of ours, with the google.rpc details as attributes and gRPC's error as cause."""
     server = serve(story.then(aborted(code, "iterations must be at least 1, not 0", *details)))
+    caller.settings["patience_s"] = 0
     with pytest.raises(kind) as caught:
         caller.result(server.address, b"p", b"s")
     assert type(caught.value) is kind
@@ -375,6 +321,7 @@ def test_status_becomes_our_exception(
 def test_error_in_the_middle_of_a_stream(caller: Any, serve: Any, story: Any, aborted: Any) -> None:
     """A server that stops says so in its own words, after the events that were before."""
     story.snapshot().state("RUNNING").then(aborted(CODE.UNAVAILABLE, "the server is stopping", INFO))
+    caller.settings["patience_s"] = 0
     with pytest.raises(UnavailableError, match="is not available: the server is stopping"):
         caller.events(serve(story).address, b"p", b"s")
 
@@ -425,50 +372,16 @@ def test_a_listener_that_never_answers(caller: Any) -> None:
         assert time.monotonic() - began < 8
 
 
-class Wire:
-    """A wire between a client and a server, which can be cut."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("localhost", 0))
-        self._sockets = [self._listener]
-        self.address = f"localhost:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Cut the wire: both ends see a reset, as when a machine's power fails."""
-        for end in self._sockets:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-            with closing(end):
-                if end is not self._listener:
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def _accept(self) -> None:
-        near, _ = self._listener.accept()
-        far = socket.create_connection(self._target)
-        self._sockets += [near, far]
-        for source, sink in ((near, far), (far, near)):
-            threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        except OSError:
-            return
-
-
-def test_connection_that_breaks(caller: Any, serve: Any, story: Any) -> None:
+def test_connection_that_breaks(caller: Any, serve: Any, story: Any, wire: Any) -> None:
     """A connection lost in the middle of a job is told apart from a server that was never reached."""
-    wires: list[Wire] = []
+    wires: list[Any] = []
 
     def cut() -> None:
         wires[0].cut()
 
     server = serve(story.snapshot().progress(1).then(0.2).then(cut).then(30))
-    wires.append(Wire(server.address))
+    wires.append(wire(server.address))
+    caller.settings["patience_s"] = 0
     with pytest.raises(UnavailableError, match=f"the connection to the server at {wires[0].address} broke"):
         caller.events(wires[0].address, b"p", b"s")
     assert server.hung_up.wait(5)
@@ -499,7 +412,7 @@ def test_time_limit_ends_the_job(caller: Any, serve: Any, story: Any) -> None:
     with pytest.raises(DeadlineExceededError, match="took longer than its time limit") as caught:
         caller.result(server.address, b"p", b"s", timeout_s=0.3)
     assert isinstance(caught.value, TimeoutError)
-    assert server.hung_up.wait(5)
+    assert server.cancelled.wait(5)
 
 
 def test_leaving_the_block_cancels(serve: Any, story: Any) -> None:
@@ -508,7 +421,7 @@ def test_leaving_the_block_cancels(serve: Any, story: Any) -> None:
     with Client(server.address) as client:
         with client.stylize(b"p", b"s") as stylization:
             next(stylization)
-        assert server.hung_up.wait(5)
+        assert server.cancelled.wait(5)
         with pytest.raises(JobCancelledError, match="jobs/j1 was cancelled"):
             stylization.result()
 
@@ -519,7 +432,7 @@ async def test_leaving_the_async_block_cancels(serve: Any, story: Any) -> None:
     async with AsyncClient(server.address) as client:
         async with client.stylize(b"p", b"s") as stylization:
             await anext(stylization)
-        assert await asyncio.to_thread(server.hung_up.wait, 5)
+        assert await asyncio.to_thread(server.cancelled.wait, 5)
         with pytest.raises(JobCancelledError, match="jobs/j1 was cancelled"):
             await stylization.result()
 
@@ -535,20 +448,21 @@ def test_cancel_ends_the_iteration(serve: Any, story: Any) -> None:
         with pytest.raises(JobCancelledError) as caught:
             stylization.result()
     assert caught.value.job is not None
-    assert server.hung_up.wait(5)
+    assert server.cancelled.wait(5)
 
 
 async def test_async_cancel_ends_the_iteration(serve: Any, story: Any) -> None:
     """`cancel` from another task ends the loop without an error, and without cancelling the task that reads."""
     server = serve(story.snapshot().then(30))
+    tasks: list[asyncio.Task[None]] = []
     async with AsyncClient(server.address) as client:
         stylization = client.stylize(b"p", b"s")
-        asyncio.get_running_loop().call_later(0.3, stylization.cancel)
+        asyncio.get_running_loop().call_later(0.3, lambda: tasks.append(asyncio.create_task(stylization.cancel())))
         assert [type(event) async for event in stylization] == [Snapshot]
         assert [event async for event in stylization] == []
         with pytest.raises(JobCancelledError):
             await stylization.result()
-    assert await asyncio.to_thread(server.hung_up.wait, 5)
+    assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
 async def test_async_cancel_before_the_start_sends_nothing(serve: Any, story: Any) -> None:
@@ -556,7 +470,7 @@ async def test_async_cancel_before_the_start_sends_nothing(serve: Any, story: An
     server = serve(story.whole())
     async with AsyncClient(server.address) as client:
         stylization = client.stylize(b"p", b"s")
-        stylization.cancel()
+        await stylization.cancel()
         with pytest.raises(JobCancelledError):
             await stylization.result()
     assert server.requests == []
@@ -569,7 +483,7 @@ async def test_cancelling_the_task_cancels_the_job(serve: Any, story: Any) -> No
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await client.stylize(b"p", b"s").result()
-        assert await asyncio.to_thread(server.hung_up.wait, 5)
+        assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
 def test_cancel_after_the_end_changes_nothing(serve: Any, story: Any) -> None:
@@ -587,7 +501,7 @@ def test_forgotten_stylization_is_cancelled(serve: Any, story: Any) -> None:
     with Client(server.address) as client:
         next(client.stylize(b"p", b"s"))
         gc.collect()
-        assert server.hung_up.wait(5)
+        assert server.cancelled.wait(5)
 
 
 async def test_forgotten_async_stylization_is_cancelled(serve: Any, story: Any) -> None:
@@ -596,7 +510,7 @@ async def test_forgotten_async_stylization_is_cancelled(serve: Any, story: Any) 
     async with AsyncClient(server.address) as client:
         await anext(client.stylize(b"p", b"s"))
         gc.collect()
-        assert await asyncio.to_thread(server.hung_up.wait, 5)
+        assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
 def test_keyboard_interrupt_cancels(serve: Any, story: Any) -> None:
@@ -608,7 +522,7 @@ def test_keyboard_interrupt_cancels(serve: Any, story: Any) -> None:
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             next(stylization)
-        assert server.hung_up.wait(5)
+        assert server.cancelled.wait(5)
 
 
 def test_error_is_raised_again_by_result(serve: Any, story: Any, aborted: Any) -> None:
@@ -730,10 +644,10 @@ def test_proxy_is_not_asked_for_loopback(caller: Any, serve: Any, story: Any, mo
     assert caller.result(serve(story.whole()).address, b"p", b"s").iteration == 4
 
 
-def test_client_introduces_itself(serve: Any, story: Any) -> None:
+def test_client_introduces_itself(caller: Any, serve: Any, story: Any) -> None:
     """The server sees which client calls."""
     server = serve(story.whole())
-    SyncCaller().result(server.address, b"p", b"s")
+    caller.result(server.address, b"p", b"s")
     assert server.metadata[0]["user-agent"].startswith("nst-client/0.")
 
 

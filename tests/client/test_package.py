@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC_NAMES = {
     "clients": "Client AsyncClient Stylization AsyncStylization",
-    "arguments": "Encoding ImageSource NO_PREVIEW Preview StyleInput StyleName Weighted",
+    "arguments": "AnyImage Encoding ImageName ImageSource NO_PREVIEW Preview StyleInput StyleName Weighted",
     "events": "Event Frame Progress Result Snapshot StateChange",
-    "resources": "Job JobFailure Layer Model Numbers OptionDescription Picture PreparedGrams Preset Style StyleImage",
+    "resources": "Job JobFailure JobResult Layer Model Numbers OptionDescription Picture PreparedGrams Preset"
+    " StoredImage Style StyleImage",
     "parameters": "Parameters StyleRecord read_parameters",
     "choices": "ImageFormat JobState ModelState OptionType StopReason",
     "errors": "AlreadyExistsError BrokenStreamError ClientClosedError DeadlineExceededError FailedPreconditionError"
@@ -139,7 +140,7 @@ def test_grpc_does_not_write_to_stderr(story: Any, serve: Any) -> None:
     """A server that goes away is an exception, and no line of gRPC's own log in the caller's terminal."""
     code = """
 import sys, time, nst_client
-stylization = nst_client.Client(sys.argv[1]).stylize(b"photo", b"style")
+stylization = nst_client.Client(sys.argv[1], patience_s=1).stylize(b"photo", b"style")
 next(stylization)
 print("reading", flush=True)
 time.sleep(0.5)

@@ -19,13 +19,14 @@ from nst_client import (
     StateChange,
     StopReason,
 )
+from nst_client.retry import Connection
 from nst_client.stream import JobStream
 
 
 @pytest.fixture
 def stream() -> JobStream:
     """Return a stream of which nothing is known."""
-    return JobStream("localhost:50051")
+    return JobStream(Connection("localhost:50051", patience_s=60, on_connection=None), owns_job=True)
 
 
 def received(stream: JobStream, story: Any) -> list[Any]:
@@ -62,7 +63,7 @@ def test_layers_come_in_the_order_of_their_names(stream: JobStream, story: Any) 
     job = story.job("QUEUED")
     job.options.style_layers.update(dict.fromkeys(reversed(layers), 1.0))
     progress = job_pb2.Progress(style_losses=dict.fromkeys(reversed(layers), 1.0))
-    snapshot, event = received(stream, story.event(snapshot=job).event(progress=progress))
+    snapshot, event = received(stream, story.event(snapshot=job).event(numbered=True, progress=progress))
     assert [layer for layer in snapshot.job.options["style_layers"] if layer in layers] == layers
     assert list(event.style_losses) == layers
 
@@ -128,8 +129,8 @@ def test_damaged_pictures_are_refused(
     damage(pieces)
     message = {"frame": job_pb2.Frame, "result": job_pb2.Result}[kind]
     story.snapshot()
-    for piece in pieces:
-        story.event(**{kind: message(image=piece)})
+    for index, piece in enumerate(pieces):
+        story.event(numbered=index == 0, **{kind: message(image=piece)})
     with pytest.raises(BrokenStreamError) as caught:
         received(stream, story)
     assert stream.failure is caught.value
@@ -163,7 +164,7 @@ def test_an_early_end_is_broken(stream: JobStream, story: Any) -> None:
 def test_an_end_within_a_picture_is_broken(stream: JobStream, story: Any, parts: Any) -> None:
     """A job cannot have ended well with half a result."""
     piece, _ = parts(b"0123456789", "PNG", 2)
-    received(stream, story.snapshot().event(result=job_pb2.Result(image=piece)).state("SUCCEEDED"))
+    received(stream, story.snapshot().event(numbered=True, result=job_pb2.Result(image=piece)).state("SUCCEEDED"))
     with pytest.raises(BrokenStreamError):
         stream.end()
 

@@ -11,7 +11,8 @@ from nst_model.descent import StopReason
 from nst_model.options import StylizeOptions
 from nst_server import convert
 from nst_server.images import EncodedImage, ImageFormat
-from nst_server.jobs import Event, Finished, JobState
+from nst_server.jobs import Event, Finished, JobState, StoredResult
+from nst_server.messages import FINISHED, Done
 
 LIMIT = 3 * 1024 * 1024
 
@@ -21,7 +22,8 @@ def test_parts_add_up_and_no_message_exceeds_3_mib(size: int) -> None:
     """Appending the parts gives the file; the last one carries its SHA-256, every one the fields of the event."""
     data = bytes(range(256)) * (size // 256 + 1)
     image = EncodedImage(data[:size], ImageFormat.PNG, 2048, 1536)
-    event = Event(7, 1, datetime.now(UTC), Finished(image, 9, 0.5, StopReason.ITERATIONS))
+    stored = StoredResult.of(image, Done("jobs/one", None, 9, 0.5, StopReason.ITERATIONS))
+    event = Event(7, 1, datetime.now(UTC), Finished(stored, image.data))
 
     messages = list(convert.event_to_proto(event))
 
@@ -44,11 +46,11 @@ def test_state_names_match() -> None:
 
 
 def test_stop_reasons_match() -> None:
-    """Every reason of the core is a reason of the contract, and the other way round."""
+    """Every reason of the core, and the server's own, is a reason of the contract, and the other way round."""
     names = {name.removeprefix("STOP_REASON_").lower() for name in job_pb2.StopReason.DESCRIPTOR.values_by_name} - {
         "unspecified"
     }
-    assert names == set(StopReason)
+    assert names == {*StopReason, FINISHED}
 
 
 def test_image_formats_match() -> None:

@@ -229,6 +229,13 @@ async def read_until(call: Any, kind: str) -> job_pb2.JobEvent:
             return response.event
 
 
+async def watched(caller: Caller, name: str, after: int = 0, **preview: Any) -> Told:
+    """Return what WatchJob tells of a job after an event, up to its end; without previews unless they are asked for."""
+    preview = preview or {"interval": 0}
+    request = style_transfer_service_pb2.WatchJobRequest(name=name, after_sequence=after, preview=preview)
+    return Told([response async for response in caller.jobs.WatchJob(request)])
+
+
 async def rest(call: Any) -> Told:
     """Read a Stylize call to its end; return what it told from here on."""
     responses = []
@@ -315,10 +322,10 @@ async def serve(
 
 def idle(server: Server) -> bool:
     """Return whether a server computes nothing and nothing waits in it."""
-    scheduler = server._scheduler
+    scheduler = server._application.scheduler
     waiting = scheduler._waiting or scheduler._reserved or scheduler._preparations
     return not (waiting or scheduler._running or scheduler._endings)
 
 
 def _unnumbered(event: job_pb2.JobEvent) -> bool:
-    return event.WhichOneof("event") in ("snapshot", "frame")
+    return event.WhichOneof("event") in ("snapshot", "frame", "heartbeat")

@@ -75,14 +75,14 @@ async def test_cancelling_a_running_job_frees_the_worker(caller: Caller, ask: As
     """The job ends as cancelled within one evaluation, nobody watches it any more, and the next one starts at once."""
     call = caller.jobs.Stylize(ask(**FOREVER))
     await read_until(call, "progress")
-    ((job, _),) = shared._scheduler._running.values()
+    (job,) = [run.job for run in shared._application.scheduler._running.values()]
 
     call.cancel()
-    await until(lambda: not shared._scheduler._running, FREE_WITHIN_S)
+    await until(lambda: not shared._application.scheduler._running, FREE_WITHIN_S)
 
     await until(lambda: bool(job.state.terminal))
     assert job.state == "cancelled"
-    assert job.end_time is not None
+    assert job.now.end_time is not None
     await until(lambda: not job._watchers)
     began = time.monotonic()
     await read_until(following := caller.jobs.Stylize(ask(**FOREVER)), "progress")
@@ -122,14 +122,14 @@ async def test_a_queued_job_can_be_cancelled(caller: Caller, ask: Ask, shared: S
     await read_until(first, "snapshot")
     second = caller.jobs.Stylize(ask())
     assert (await read_until(second, "snapshot")).snapshot.queue_position == 1
-    (job, _) = shared._scheduler._waiting
+    (job, _) = shared._application.scheduler._waiting
 
     first.cancel()
     moved = (await read_until(second, "state_change")).state_change.job
 
     assert (moved.state, moved.queue_position) == (job_pb2.JOB_STATE_QUEUED, 0)
     assert job.state == "cancelled"
-    assert job.start_time is None
+    assert job.now.start_time is None
     running.cancel()
     ended = await read_until(second, "result")
     assert ended.result.image.data
@@ -141,10 +141,10 @@ async def test_a_client_that_leaves_while_its_images_are_decoded_leaves_nothing(
 ) -> None:
     """Its place in the queue is free again, and no job comes of it."""
     call = caller.jobs.Stylize(ask(content=noise(2500, 2500), **FOREVER))
-    await until(lambda: shared._scheduler._reserved == 1)
+    await until(lambda: shared._application.scheduler._reserved == 1)
     call.cancel()
 
-    await until(lambda: shared._scheduler._reserved == 0)
+    await until(lambda: shared._application.scheduler._reserved == 0)
     await asyncio.sleep(0.3)
     assert idle(shared)
 
@@ -154,7 +154,10 @@ async def test_a_client_may_leave_between_result_and_last_event(caller: Caller, 
     for _ in range(5):
         call = caller.jobs.Stylize(ask())
         await read_until(call, "snapshot")
-        (job,) = [*shared._scheduler._waiting, *(job for job, _ in shared._scheduler._running.values())]
+        (job,) = [
+            *shared._application.scheduler._waiting,
+            *(run.job for run in shared._application.scheduler._running.values()),
+        ]
         await read_until(call, "result")
         call.cancel()
         assert job.state == "succeeded"
@@ -209,10 +212,10 @@ async def test_a_client_that_leaves_in_the_middle_of_its_upload_leaves_nothing(
         client = Caller(address)
         async with client.channel:
             uploading = asyncio.create_task(client.told(ask(content=noise(900, 900))))
-            await until(lambda: shared._scheduler._reserved == 1)
+            await until(lambda: shared._application.scheduler._reserved == 1)
             await asyncio.sleep(0.2)
-            assert shared._scheduler._reserved == 1
-    await until(lambda: shared._scheduler._reserved == 0)
+            assert shared._application.scheduler._reserved == 1
+    await until(lambda: shared._application.scheduler._reserved == 0)
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
         await uploading
 
@@ -223,8 +226,8 @@ async def test_an_upload_that_never_ends_is_given_up(strict: Caller, strict_serv
         client = Caller(address)
         async with client.channel:
             uploading = asyncio.create_task(client.told(ask(content=noise(900, 900))))
-            await until(lambda: strict_server._scheduler._reserved == 1)
-            await until(lambda: strict_server._scheduler._reserved == 0, STRICT_TIMEOUT_S + 2)
+            await until(lambda: strict_server._application.scheduler._reserved == 1)
+            await until(lambda: strict_server._application.scheduler._reserved == 0, STRICT_TIMEOUT_S + 2)
             uploading.cancel()
     assert (await strict.told(ask())).result
 

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import io
+import time
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from nst_model import StylizeOptions
 from nst_server import images
-from nst_server.images import Encoding, ImageFormat
-from nst_server.jobs import (
-    Event,
-    Finished,
-    Frame,
-    Job,
-    JobError,
-    JobSnapshot,
-    JobSpec,
-    JobState,
-    PreviewSpec,
-    StateChanged,
-)
-from nst_server.messages import Pictured, Progressed
-
-JPEG = Encoding(ImageFormat.JPEG, 85)
-EVERY = PreviewSpec(1, 64, JPEG)
-NONE = PreviewSpec(0, 64, JPEG)
+from nst_server.errors import Moved
+from nst_server.frames import Frame, PreviewSpec
+from nst_server.jobs import Event, Finished, Heartbeat, Job, JobError, JobSnapshot, JobState, StateChanged, StoredResult
+from nst_server.messages import Done, Pictured, Progressed
+from tests.server.memory import EVERY, JPEG, NONE, PIXELS, MemoryLedger, new_job
 
 
-def new_job() -> Job:
-    """Return a job of 24×16 px that waits."""
-    spec = JobSpec("vgg16", StylizeOptions(), np.zeros((16, 24, 3), np.uint8), (), 1, JPEG)
-    return Job(spec)
+@pytest.fixture
+def ledger() -> MemoryLedger:
+    """An archive in which everything is durable at once."""
+    return MemoryLedger()
+
+
+@pytest.fixture
+def job(ledger: MemoryLedger) -> Job:
+    """A job that waits."""
+    return new_job(ledger)
 
 
 def iterated(job: Job, iteration: int, *, picture: bool = True) -> None:
@@ -43,9 +39,14 @@ def iterated(job: Job, iteration: int, *, picture: bool = True) -> None:
         job.pictured(Pictured(job.name, iteration, np.full((16, 24, 3), iteration, np.uint8)))
 
 
-def finished(job: Job, iteration: int) -> None:
-    """Let a job succeed."""
-    job.succeeded(Finished(images.encode(job.spec.content, JPEG), iteration, 1.0, "iterations"))
+def finished(job: Job, iteration: int) -> bytes:
+    """Let a job succeed; return the file of its result."""
+    image = images.encode(PIXELS, JPEG)
+    ledger = job._archive
+    assert isinstance(ledger, MemoryLedger)
+    ledger.kept(image.data)
+    job.succeeded(StoredResult.of(image, Done(job.name, PIXELS, iteration, 1.0, "iterations")))
+    return image.data
 
 
 def kinds(events: list[Event]) -> list[Any]:
@@ -57,33 +58,168 @@ def kinds(events: list[Event]) -> list[Any]:
     ]
 
 
-async def test_a_watcher_sees_everything_from_its_snapshot_on() -> None:
-    """The snapshot carries the last number; then every event once, gapless, the terminal one last."""
-    job = new_job()
+async def test_a_watcher_sees_everything(job: Job) -> None:
+    """A snapshot with the last number; then every event once, gapless, the terminal one last, from any number on."""
     job.started("cpu", "fp32")
     iterated(job, 0)
-    watching = job.watch(NONE)
+    watching = job.watch(NONE, after=1)
     events = [await anext(watching)]
     iterated(job, 1)
     iterated(job, 2)
-    finished(job, 2)
+    data = finished(job, 2)
     events += [event async for event in watching]
 
     assert isinstance(events[0].payload, JobSnapshot)
     assert events[0].payload.state == JobState.RUNNING
     assert events[0].payload.progress is not None
     assert events[0].payload.progress.iteration == 0
-    assert [event.sequence for event in events] == [2, 3, 4, 5, 6]
-    assert kinds(events) == [("Progressed", 1), ("Progressed", 2), ("Finished", 2)]
+    assert [event.sequence for event in events] == [1, 2, 3, 4, 5, 6]
+    assert kinds(events) == [("Progressed", 0), ("Progressed", 1), ("Progressed", 2), ("Finished", None)]
+    assert isinstance(events[-2].payload, Finished)
+    assert events[-2].payload.data == data
     last = events[-1].payload
     assert isinstance(last, StateChanged)
     assert last.job.state == JobState.SUCCEEDED
     assert last.job.end_time is not None
+    assert last.job.result is not None
 
 
-async def test_a_slow_watcher_gets_the_newest_picture_and_the_count_of_the_others() -> None:
+async def test_nobody_hears_of_what_is_not_durable(job: Job, ledger: MemoryLedger) -> None:
+    """Neither watchers nor callers, before it is; then all of it, in order."""
+    ledger.held = True
+    watching = job.watch(EVERY)
+    await anext(watching)
+    job.started("cpu", "fp32")
+    iterated(job, 0)
+    assert (job.state, job.snapshot().state) == (JobState.RUNNING, JobState.QUEUED)
+    told = asyncio.create_task(anext(watching))
+    await asyncio.sleep(0.05)
+    assert not told.done()
+    ledger.release()
+    assert (await told).sequence == 1
+    assert [(await anext(watching)).sequence for _ in range(2)] == [2, 2]
+    assert job.snapshot().state == JobState.RUNNING
+    await watching.aclose()
+
+
+async def test_what_was_before_this_server_comes_from_the_archive(job: Job, ledger: MemoryLedger) -> None:
+    """Page by page, and then what happens now, without a gap; after compaction what is left of it."""
+    job.started("cpu", "fp32")
+    for iteration in range(4):
+        iterated(job, iteration, picture=False)
+    later = Job(job.now, ledger, job.spec)
+    watching = later.watch(NONE)
+    events = [await anext(watching) for _ in range(4)]
+    iterated(later, 4)
+    finished(later, 4)
+    events += [event async for event in watching]
+    assert [event.sequence for event in events] == list(range(9))
+    assert [event.sequence for event in [event async for event in later.watch(NONE, after=3)]] == list(range(3, 9))
+
+    ledger.stored = [event for event in ledger.stored if not isinstance(event.payload, Progressed)]
+    gone = Job(later.now, ledger, job.spec)
+    told = [event async for event in gone.watch(NONE)]
+    assert [event.sequence for event in told] == [0, 1, 7, 8]
+    assert isinstance(told[0].payload, JobSnapshot)
+    assert told[0].payload.progress is not None
+    assert told[0].payload.progress.iteration == 4
+
+
+async def test_a_job_of_another_server_is_followed(job: Job, ledger: MemoryLedger) -> None:
+    """The archive tells what happens to it, up to its end; a heartbeat when nothing does."""
+    job.started("cpu", "fp32")
+    seen = Job(job.now, ledger)
+    seen.elsewhere = True
+    told: list[Event] = []
+
+    async def watch() -> None:
+        told.extend([event async for event in seen.watch(NONE, after=1, heartbeat_s=1)])
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0.1)
+    iterated(job, 0)
+    await asyncio.sleep(1.7)
+    finished(job, 0)
+    await asyncio.wait_for(watching, 5)
+    assert [event.sequence for event in told if not isinstance(event.payload, Heartbeat)] == [1, 2, 3, 4]
+    assert any(isinstance(event.payload, Heartbeat) for event in told)
+
+
+async def test_watchers_of_a_job_that_is_lost_are_told(job: Job) -> None:
+    """After all that was durable."""
+    watching = job.watch(NONE)
+    await anext(watching)
+    iterated(job, 0)
+    job.lost(Moved("elsewhere"))
+    assert (await anext(watching)).sequence == 1
+    with pytest.raises(Moved, match="elsewhere"):
+        await anext(watching)
+    await asyncio.wait_for(job.ended(), 1)
+
+
+async def test_silence_is_broken_by_heartbeats(job: Job) -> None:
+    """Again and again; each has the number of the last event."""
+    iterated(job, 0)
+    watching = job.watch(NONE, after=1, heartbeat_s=0.05)
+    events = [await anext(watching) for _ in range(4)]
+    assert [type(event.payload) for event in events] == [JobSnapshot, Heartbeat, Heartbeat, Heartbeat]
+    assert [event.sequence for event in events] == [1] * 4
+    await watching.aclose()
+
+
+async def test_every_frame_waits_for_its_watcher(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly it reads and however slowly they are encoded: all of them, none skipped, before the result."""
+    original = images.encode
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(0.01)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(images, "encode", slow)
+    every = job.watch(dataclasses.replace(EVERY, every_frame=True, interval=2))
+    newest = job.watch(EVERY)
+    for watching in (every, newest):
+        await anext(watching)
+    for iteration in range(20):
+        iterated(job, iteration)
+    finished(job, 19)
+    events = [event async for event in every]
+    frames = [event.payload for event in events if isinstance(event.payload, Frame)]
+    assert [(frame.iteration, frame.skipped) for frame in frames] == [(iteration, 0) for iteration in range(0, 20, 2)]
+    shades = [int(np.asarray(Image.open(io.BytesIO(frame.image.data))).mean()) for frame in frames]
+    assert shades == pytest.approx(range(0, 20, 2), abs=1)
+    assert isinstance(events[-2].payload, Finished)
+    assert sum(isinstance(event.payload, Frame) for event in [event async for event in newest]) == 1
+    assert not job._frames
+
+
+async def test_a_frame_that_cannot_be_kept_is_counted(job: Job, ledger: MemoryLedger) -> None:
+    """A full disk costs frames, and the watcher is told how many."""
+
+    class Full(io.BytesIO):
+        full = True
+
+        def write(self, data: Any) -> int:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    disk = Full()
+    ledger.spool = lambda: disk  # type: ignore[method-assign]
+    watching = job.watch(dataclasses.replace(EVERY, every_frame=True))
+    await anext(watching)
+    for iteration in range(5):
+        iterated(job, iteration)
+        await asyncio.sleep(0.05)
+        disk.full = iteration < 2
+    finished(job, 4)
+    frames = [event.payload for event in [event async for event in watching] if isinstance(event.payload, Frame)]
+    assert [(frame.iteration, frame.skipped) for frame in frames] == [(3, 3), (4, 0)]
+    assert disk.closed
+
+
+async def test_a_slow_watcher_gets_the_newest_picture_and_the_count_of_the_others(job: Job) -> None:
     """Pictures conflate; numbers do not; a frame comes after the progress of its iteration, with its number."""
-    job = new_job()
     watching = job.watch(EVERY)
     await anext(watching)
     for iteration in range(5):
@@ -99,15 +235,14 @@ async def test_a_slow_watcher_gets_the_newest_picture_and_the_count_of_the_other
     iterated(job, 6)
     finished(job, 6)
     events = [event async for event in watching]
-    assert kinds(events) == [("Progressed", 5), ("Progressed", 6), ("Frame", 6), ("Finished", 6)]
+    assert kinds(events) == [("Progressed", 5), ("Progressed", 6), ("Frame", 6), ("Finished", None)]
     (frame,) = [event.payload for event in events if isinstance(event.payload, Frame)]
     assert frame.skipped == 1
     await watching.aclose()
 
 
-async def test_each_watcher_has_its_own_pace_and_interval() -> None:
+async def test_each_watcher_has_its_own_pace_and_interval(job: Job) -> None:
     """Two watchers of one job: each sees all events, frames at its own interval, skipped counted for itself."""
-    job = new_job()
     every, third = job.watch(EVERY), job.watch(PreviewSpec(3, 64, JPEG))
     seen: dict[str, list[Event]] = {"every": [await anext(every)], "third": [await anext(third)]}
 
@@ -135,9 +270,9 @@ async def test_each_watcher_has_its_own_pace_and_interval() -> None:
     assert numbers["every"] == numbers["third"] == list(range(1, 11))
 
 
-async def test_a_picture_is_encoded_once_for_all_who_want_it_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_picture_is_encoded_once_for_all_who_want_it_alike(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three watchers, two of them with the same wish: two encodings."""
-    job, encodings = new_job(), []
+    encodings = []
     original = images.encode
 
     def counting(*arguments: Any, **named: Any) -> Any:
@@ -165,9 +300,8 @@ async def test_a_picture_is_encoded_once_for_all_who_want_it_alike(monkeypatch: 
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
-async def test_a_watcher_of_an_ended_job_gets_its_snapshot_and_the_end(end: str) -> None:
+async def test_a_watcher_of_an_ended_job_gets_its_snapshot_and_the_end(job: Job, end: str) -> None:
     """Whoever comes too late is told how it ended, and does not wait for ever."""
-    job = new_job()
     match end:
         case "succeeded":
             finished(job, 1)
@@ -175,16 +309,19 @@ async def test_a_watcher_of_an_ended_job_gets_its_snapshot_and_the_end(end: str)
             job.failed(JobError("INTERNAL", "why"))
         case "cancelled":
             job.cancelled()
-    events = [event async for event in job.watch(EVERY)]
+    last = job.now.sequence
+    events = [event async for event in job.watch(EVERY, after=last - 1)]
 
-    assert len(events) == 1
+    assert [event.sequence for event in events] == [last - 1, last]
     assert isinstance(events[0].payload, JobSnapshot)
     assert events[0].payload.state == end
+    error = events[0].payload.error
+    assert error == (JobError("INTERNAL", "why") if end == "failed" else None)
+    assert len([event async for event in job.watch(EVERY, after=last)]) == 1
 
 
-async def test_a_watcher_that_leaves_is_forgotten() -> None:
+async def test_a_watcher_that_leaves_is_forgotten(job: Job) -> None:
     """Wherever it stood: before its first event, waiting, or in the middle."""
-    job = new_job()
     for steps in range(3):
         watching = job.watch(EVERY)
         iterated(job, steps)
@@ -203,21 +340,35 @@ async def test_a_watcher_that_leaves_is_forgotten() -> None:
     assert not job._watchers
 
 
-def test_a_job_ends_once() -> None:
+def test_a_job_ends_once(job: Job) -> None:
     """No terminal state is left for another."""
-    job = new_job()
     job.cancelled()
     with pytest.raises(AssertionError, match="is cancelled and cannot become failed"):
         job.failed(JobError("INTERNAL", "too late"))
 
 
-def test_moving_in_the_queue_is_an_event_only_if_something_moved() -> None:
+async def test_moving_in_the_queue_is_an_event_only_if_something_moved(job: Job, ledger: MemoryLedger) -> None:
     """The same position again is no news."""
-    job = new_job()
-    job.queue_position = 2
     job.moved(2)
-    assert not job._log
+    job.moved(2)
     job.moved(1)
     job.started("cpu", "fp32")
-    positions = [event.payload.job.queue_position for event in job._log if isinstance(event.payload, StateChanged)]
-    assert positions == [1, 0]
+    positions = [event.payload.job.queue_position for event in ledger.stored if isinstance(event.payload, StateChanged)]
+    assert positions == [2, 1, 0]
+
+
+async def test_pause_and_resume_keep_what_was_done(job: Job, ledger: MemoryLedger) -> None:
+    """The start's time and the progress stay; the device is given back."""
+    job.attempted(1)
+    job.started("cpu", "fp32")
+    iterated(job, 0)
+    job.paused()
+    assert (job.now.state, job.now.device, job.now.attempt) == (JobState.PAUSED, "", 1)
+    job.queued()
+    job.attempted(2)
+    started = job.now.start_time
+    job.started("cuda:0", "bf16")
+    assert (job.now.start_time, job.now.device, job.now.attempt) == (started, "cuda:0", 2)
+    assert job.now.progress is not None
+    states = [event.payload.job.state for event in ledger.stored if isinstance(event.payload, StateChanged)]
+    assert states == ["running", "paused", "queued", "running"]

@@ -10,19 +10,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nst.v1 import job_pb2, style_transfer_service_pb2, style_transfer_service_pb2_grpc
 from nst_server.server import SERVICES
-from tests.server.conftest import FOREVER, Caller, Refusal, noise, read_until, rest, until
+from tests.server.conftest import FOREVER, Caller, Refusal, noise, read_until, rest, until, watched
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -82,11 +81,11 @@ class Process:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def launch(tiny_weights_file: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Return what starts `nst-server` with the tiny model and further arguments."""
+    """Return what starts `nst-server` with the tiny model and further arguments; `program` may do so in its own way."""
     launched = []
 
-    async def start(*arguments: str) -> Process:
-        command = [sys.executable, "-m", "nst_server", "--listen=localhost:0", f"--data-dir={tmp_path / 'data'}"]
+    async def start(*arguments: str, program: Sequence[str] = ("-m", "nst_server")) -> Process:
+        command = [sys.executable, *program, "--listen=localhost:0", f"--data-dir={tmp_path / 'data'}"]
         command += ["--devices=cpu", "--threads=1", "--default-model=vgg16", f"--weights=vgg16={tiny_weights_file}"]
         process = await asyncio.create_subprocess_exec(
             *command, "--log-format=json", *arguments, stderr=asyncio.subprocess.PIPE, start_new_session=True
@@ -110,27 +109,22 @@ async def health(channel: grpc.aio.Channel, service: str = "") -> int:
 
 
 async def test_sigterm_lets_the_running_job_finish(launch: Callable[..., Any], ask: Ask) -> None:
-    """While it drains: queued jobs fail as events, new ones are UNAVAILABLE, health is NOT_SERVING; exit code 0."""
+    """While it drains: who waits is told to come back, new ones too; health is NOT_SERVING; exit code 0; none lost."""
     server = await launch("--grace-s=60")
     await server.serving()
     caller = server.caller
     assert await health(caller.channel) == health_pb2.HealthCheckResponse.SERVING
     running = caller.jobs.Stylize(ask(iterations=150, size_px=192))
     first = await read_until(running, "progress")
-    waiting = asyncio.create_task(caller.told(ask()))
+    waiting = caller.jobs.Stylize(ask())
+    name = (await read_until(waiting, "snapshot")).snapshot.name
     await asyncio.sleep(0.2)
 
     server.process.send_signal(signal.SIGTERM)
-    failed = await asyncio.wait_for(waiting, 5)
-
-    assert failed.states == [job_pb2.JOB_STATE_FAILED]
-    assert failed.job.error.reason == "SERVER_STOPPING"
-    assert failed.job.error.code == code_pb2.UNAVAILABLE
-    assert not failed.job.HasField("start_time")
-    refusal = await caller.refusal(ask())
-    assert refusal.code == grpc.StatusCode.UNAVAILABLE
-    assert (refusal.reason, refusal.domain) == ("SERVER_STOPPING", "nst")
-    assert refusal.retry_s > 0
+    for refusal in (await asyncio.wait_for(caller.refusal(rest(waiting)), 5), await caller.refusal(ask())):
+        assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert (refusal.reason, refusal.domain) == ("SERVER_STOPPING", "nst")
+        assert refusal.retry_s > 0
     for service in ("", *SERVICES):
         assert await health(caller.channel, service) == health_pb2.HealthCheckResponse.NOT_SERVING
     told = await rest(running)
@@ -139,35 +133,57 @@ async def test_sigterm_lets_the_running_job_finish(launch: Callable[..., Any], a
     assert told.result
     assert await server.ended(5) == 0
     # One line at a job's start and one at its end, and nothing that is no log line.
-    name = told.job.name
-    (start,) = [line for line in server.said("job started") if line["job"] == name]
-    (end,) = [line for line in server.said("job ended") if line["job"] == name]
+    (start,) = server.said("job started")
+    (end,) = server.said("job ended")
+    assert start["job"] == end["job"] == told.job.name
     assert start["device"] == end["device"] == "cpu"
     assert end["state"] == "succeeded"
     assert end["size"] == "192×128"
     assert end["iterations"] == 150
     assert end["seconds"] > 0
     assert end["loss"] > 0
-    assert [line["state"] for line in server.said("job ended") if line["job"] == failed.job.name] == ["failed"]
     assert all(isinstance(line, dict) for line in server.lines), server.lines
 
+    later = await launch()
+    await later.serving()
+    assert (await watched(later.caller, name)).job.state == job_pb2.JOB_STATE_SUCCEEDED
 
-async def test_a_job_that_outlasts_the_grace_fails_as_an_event(launch: Callable[..., Any], ask: Ask) -> None:
-    """Ctrl-C, which signals the whole process group: the stream ends OK after FAILED, SERVER_STOPPING."""
-    server = await launch("--grace-s=0.5")
+
+async def test_a_job_that_outlasts_the_grace_goes_on_at_the_next_start(launch: Callable[..., Any], ask: Ask) -> None:
+    """Ctrl-C, which signals the whole group: the stream ends UNAVAILABLE, and what was done is not done again."""
+    server = await launch("--grace-s=2")
     await server.serving()
-    running = server.caller.jobs.Stylize(ask(**FOREVER))
+    running = server.caller.jobs.Stylize(ask(iterations=600, size_px=192))
+    name = (await read_until(running, "snapshot")).snapshot.name
     await read_until(running, "progress")
 
     os.killpg(server.process.pid, signal.SIGINT)
-    told = await rest(running)
+    refusal = await server.caller.refusal(rest(running))
 
-    assert told.job.state == job_pb2.JOB_STATE_FAILED
-    assert told.job.error.reason == "SERVER_STOPPING"
-    assert "result" not in told.kinds
-    assert told.job.progress.iteration > 0
-    assert await server.ended(6) == 0
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+    assert await server.ended(4) == 0
     assert all(isinstance(line, dict) for line in server.lines), server.lines
+    assert server.said("job ended") == []
+
+    later = await launch()
+    await later.serving()
+    told = await watched(later.caller, name)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+    assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
+    assert [progress.iteration for progress in told.progress] == list(range(601))
+    assert {event.attempt for event in told.of("progress")} == {1, 2}
+
+
+async def test_one_server_for_a_data_folder(launch: Callable[..., Any], tmp_path: Path) -> None:
+    """A second one is refused in one line; when the first has been killed the next may come."""
+    first = await launch()
+    await first.serving()
+    second = await launch()
+    assert await second.ended(START_S) == 1
+    assert second.lines == [f"nst-server: another nst-server uses the data folder {tmp_path / 'data'}\n"]
+    os.killpg(first.process.pid, signal.SIGKILL)
+    third = await launch()
+    await third.serving()
 
 
 @pytest.mark.parametrize("delay_s", [0.3, 1.2, 2.5])
@@ -185,7 +201,7 @@ async def test_two_hundred_large_requests_at_once_and_an_impatient_operator(
 ) -> None:
     """Requests that are refused are not received: 200 of 2 MiB leave the front less than 200 MiB larger.
 
-    Then signals: whoever does not want to wait for the grace asks again, and again: the job fails, no process is left.
+    Then signals: whoever does not want to wait for the grace asks again, and again: no process is left.
     """
     server = await launch("--queue-size=4", "--grace-s=600")
     await server.serving()
@@ -220,7 +236,7 @@ async def test_two_hundred_large_requests_at_once_and_an_impatient_operator(
     began = time.monotonic()
     await server.ended(6)
     assert time.monotonic() - began < 3
-    assert (await telling).job.error.reason == "SERVER_STOPPING"
+    assert (await server.caller.refusal(telling)).code == grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("taken", ["127.0.0.1", "::1"])

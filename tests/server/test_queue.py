@@ -31,7 +31,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(caller: Caller, a
     assert refusal.retry_s > 0
     assert f"{QUEUE_SIZE} jobs" in refusal.message
     calls[-1].cancel()
-    await until(lambda: len(shared._scheduler._waiting) == QUEUE_SIZE - 1)
+    await until(lambda: len(shared._application.scheduler._waiting) == QUEUE_SIZE - 1)
     calls.append(caller.jobs.Stylize(ask(**FOREVER)))
     assert (await read_until(calls[-1], "snapshot")).snapshot.queue_position == QUEUE_SIZE - 1
     for call in calls:
@@ -45,7 +45,7 @@ async def test_jobs_wait_in_the_order_they_came(caller: Caller, ask: Ask, shared
     waiting = []
     for position in range(3):
         waiting.append(asyncio.create_task(caller.told(ask())))
-        await until(lambda expected=position: len(shared._scheduler._waiting) == expected + 1)
+        await until(lambda expected=position: len(shared._application.scheduler._waiting) == expected + 1)
     running.cancel()
 
     told = await asyncio.gather(*waiting)
@@ -94,7 +94,7 @@ async def test_refused_requests_give_their_places_back(caller: Caller, ask: Ask,
     refusals = await asyncio.gather(*(caller.refusal(ask(content=b"no image")) for _ in range(3)))
     assert {refusal.code for refusal in refusals} == {grpc.StatusCode.INVALID_ARGUMENT}
 
-    await until(lambda: shared._scheduler._reserved == 0)
+    await until(lambda: shared._application.scheduler._reserved == 0)
     for call in await filled(caller, ask):
         call.cancel()
 
@@ -102,8 +102,9 @@ async def test_refused_requests_give_their_places_back(caller: Caller, ask: Ask,
 @pytest.mark.skipif(
     Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1", reason="this kernel grants any amount of memory"
 )
-async def test_a_job_fails_alone(caller: Caller, ask: Ask) -> None:
+async def test_a_job_fails_alone(serve: Callable[..., Any], ask: Ask) -> None:
     """Too little memory: the job ends FAILED with reason and advice, its stream OK, and the next job succeeds."""
+    _, caller = await serve(memory_gib=100_000)  # or it would have been refused
     layers = {"relu1_1": 1.0}
     told = await caller.told(
         ask(

@@ -95,7 +95,7 @@ async def test_a_picture_to_start_from_is_what_it_starts_from(caller: Caller, as
     """Scaled to the content's shape; `init` is implied, or may be said."""
     start = noise(96, 64, 5)
     for init in (options_pb2.INIT_UNSPECIFIED, options_pb2.INIT_IMAGE):
-        request = ask(init=init, preview={"interval": 1, "encoding": {"format": "IMAGE_FORMAT_PNG"}})
+        request = ask(init=init, preview={"every_frame": True, "encoding": {"format": "IMAGE_FORMAT_PNG"}})
         request.init_image.data = start
         told = await caller.told(request)
         assert told.job.options.init == options_pb2.INIT_IMAGE

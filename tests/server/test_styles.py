@@ -359,7 +359,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 async def test_a_full_or_read_only_data_folder_is_said_clearly(
     serve: Callable[..., Any], tmp_path: Path, ask: Ask
 ) -> None:
-    """RESOURCE_EXHAUSTED or FAILED_PRECONDITION; jobs go on without the cache; deleting makes room."""
+    """RESOURCE_EXHAUSTED or FAILED_PRECONDITION, for jobs too, which must be durable; deleting makes room."""
     with small_disk(tmp_path / "disk") as disk:
         server, client = await serve(data_dir=disk / "data")
         await create(client, "fits", noise(300, 300))
@@ -375,15 +375,28 @@ async def test_a_full_or_read_only_data_folder_is_said_clearly(
             while True:
                 stream.write(bytes(4096))
                 stream.flush()
-        told = await client.told(ask(styles=[{"style": "fits"}], size_px=80))
-        assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+        refusal = await client.refusal(ask(styles=[{"style": "fits"}], size_px=80))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL")
         assert not list((disk / "data" / "grams").rglob("*.partial"))
         await delete(client, "fits")
         filling.unlink()
         await create(client, "fits", noise(300, 300))
-        await until(lambda: not server._scheduler._preparations)
+        await until(lambda: not server._application.scheduler._preparations)
 
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        told = await client.told(ask(styles=[{"style": "fits"}], size_px=80))
+        assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+        await server.stop(0)
+
+
+async def test_a_read_only_folder_of_styles_is_said_clearly(
+    serve: Callable[..., Any], tmp_path: Path, ask: Ask
+) -> None:
+    """FAILED_PRECONDITION for what would write there; jobs go on."""
+    (tmp_path / "data").mkdir()
+    with small_disk(tmp_path / "data" / "styles") as styles:
+        server, client = await serve(data_dir=tmp_path / "data")
+        await create(client, "fits", noise(300, 300))
+        subprocess.run(["mount", "-o", "remount,ro", str(styles)], check=True)
         for call in (client.styles.CreateStyle(creation("more")), delete(client, "fits")):
             refusal = await client.refusal(call)
             assert refusal.code == grpc.StatusCode.FAILED_PRECONDITION
@@ -391,7 +404,6 @@ async def test_a_full_or_read_only_data_folder_is_said_clearly(
             assert "cannot be written to" in refusal.message
         told = await client.told(ask(styles=[{"style": "fits"}], size_px=96))
         assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         await server.stop(0)
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from nst.v1 import image_pb2, job_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_model import StylizeOptions
-from nst_server import Server, convert
+from nst_server import Server, convert, services
 from tests.server.conftest import (
     FOREVER,
     STRICT_TIMEOUT_S,
@@ -58,7 +58,7 @@ async def test_numbers_have_no_gaps(caller: Caller, ask: Ask) -> None:
         if event.WhichOneof("event") in ("snapshot", "frame"):
             assert event.sequence == last
         last = event.sequence
-    assert {event.attempt for event in told.events} == {1}
+    assert {event.attempt for event in told.of("progress")} == {1}
     times = [event.event_time.ToNanoseconds() for event in told.events]
     assert times[0] > 0
     assert [progress.elapsed_s for progress in told.progress] == sorted(
@@ -180,7 +180,8 @@ async def test_preview_quality_matters(caller: Caller, ask: Ask) -> None:
 
 async def test_frame_shows_the_picture_of_its_iteration(caller: Caller, ask: Ask, photo: bytes) -> None:
     """Iteration 0 from the content is the content itself; a PNG frame of the last iteration is the result."""
-    told = await caller.told(ask(size_px=96, iterations=5, preview={"encoding": {"format": "IMAGE_FORMAT_PNG"}}))
+    preview = {"encoding": {"format": "IMAGE_FORMAT_PNG"}, "every_frame": True}
+    told = await caller.told(ask(size_px=96, iterations=5, preview=preview))
     frames = {iteration: np.asarray(opened(data)) for iteration, _, _, data in told.frames}
 
     assert np.array_equal(frames[0], np.asarray(opened(photo)))
@@ -386,21 +387,22 @@ async def test_a_slow_reader_skips_frames_and_nothing_else(caller: Caller, ask: 
 
 
 async def test_a_stalled_client_is_cut_off_and_costs_others_nothing(
-    strict: Caller, strict_server: Server, ask: Ask
+    strict: Caller, strict_server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its job goes on at full speed, until the write times out; then the job ends, and the call is UNAVAILABLE."""
+    monkeypatch.setattr(services, "STATUS_TIMEOUT_S", 1.5)
     client = strict
     preview = {"encoding": {"format": "IMAGE_FORMAT_PNG"}}
     call = client.jobs.Stylize(ask(content=noise(512, 512), preview=preview, **(FOREVER | {"size_px": 512})))
     await read_until(call, "progress")
-    ((job, _),) = strict_server._scheduler._running.values()
+    (job,) = [run.job for run in strict_server._application.scheduler._running.values()]
 
-    began = job.progress.iteration
+    began = job.now.progress.iteration
     await until(lambda: bool(job.state.terminal), within_s=20)
 
     assert job.state == "cancelled"
-    assert job.progress.iteration > began + 5, "the job stood still while its client did"
-    assert not job._watchers
+    assert job.now.progress.iteration > began + 5, "the job stood still while its client did"
+    await until(lambda: not job._watchers)
     quick = await asyncio.wait_for(client.told(ask()), 5)
     assert quick.job.state == job_pb2.JOB_STATE_SUCCEEDED
 

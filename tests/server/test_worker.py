@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from google.rpc import code_pb2
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
@@ -50,11 +51,42 @@ if __name__ == "__main__":
 """
 
 
-async def test_the_death_of_a_worker_takes_down_its_own_job_only(serve: Callable[..., Any], ask: Ask) -> None:
-    """The job fails with WORKER_DIED and its stream ends OK; those that wait go on with the worker's replacement.
+async def test_a_killed_workers_job_goes_on_at_once(serve: Callable[..., Any], ask: Ask) -> None:
+    """Within 2 s and what it takes to make again what came after the last checkpoint; to the same picture."""
+    server, client = await serve(checkpoint_interval_s=0.2)
+    (executor,) = server.executors
+    asked = ask(iterations=100, size_px=192, first_size_px=96)
+    undisturbed = await client.told(asked)
+
+    responses, died, back = [], 0.0, 0.0
+    async for response in client.jobs.Stylize(asked):
+        responses.append(response)
+        event = response.event
+        if event.HasField("progress") and event.progress.iteration >= 120 and not died:
+            died = time.monotonic()
+            os.kill(executor.pid, signal.SIGKILL)
+        if event.HasField("progress") and event.attempt == 2 and not back:
+            back = time.monotonic()
+            resumed = event.progress
+    told = Told(responses)
+    before = max(event.progress.iteration for event in told.of("progress") if event.attempt == 1)
+    assert back - died < 2
+    assert 0 < resumed.iteration <= before + 1
+    assert resumed.elapsed_s > 0.2, "the clock goes on where the checkpoint was"
+    assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
+    running, queued = job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_QUEUED
+    assert told.states == [running, queued, running, job_pb2.JOB_STATE_SUCCEEDED]
+    assert (told.pixels == undisturbed.pixels).all()
+
+
+async def test_a_job_that_kills_its_workers_fails_alone(
+    serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end it fails with WORKER_DIED and its stream ends OK; those that wait go on with a new worker.
 
     So it does if the replacement dies too, while it is starting and after that, and if an idle worker dies.
     """
+    monkeypatch.setattr("nst_server.scheduler.MAX_DEATHS", 2)
     server, client = await serve()
     (executor,) = server.executors
 
@@ -63,9 +95,15 @@ async def test_the_death_of_a_worker_takes_down_its_own_job_only(serve: Callable
         async for response in call:
             responses.append(response)
             if response.event.HasField("progress") and response.event.progress.iteration == 2:
-                os.kill(executor.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # killed, and not yet replaced
+                    os.kill(executor.pid, signal.SIGKILL)
         told = Told(responses)
-        assert told.states == [job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_FAILED]
+        assert told.states == [
+            job_pb2.JOB_STATE_RUNNING,
+            job_pb2.JOB_STATE_QUEUED,
+            job_pb2.JOB_STATE_RUNNING,
+            job_pb2.JOB_STATE_FAILED,
+        ]
         assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
         assert told.job.error.reason == "WORKER_DIED"
         assert told.job.error.code == code_pb2.UNAVAILABLE
@@ -73,11 +111,11 @@ async def test_the_death_of_a_worker_takes_down_its_own_job_only(serve: Callable
         assert "cpu" in told.job.error.message
 
     running = asyncio.create_task(killed_while_running())
-    await until(lambda: bool(server._scheduler._running))
+    await until(lambda: bool(server._application.scheduler._running))
     waiting = asyncio.create_task(client.told(ask()))
     first_pid = executor.pid
     await running
-    await until(lambda: executor.pid != first_pid)
+    await until(lambda: executor.pid != first_pid and alive(executor.pid))
     os.kill(executor.pid, signal.SIGKILL)  # while it is starting
     told = await asyncio.wait_for(waiting, START_S)
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED

@@ -42,6 +42,7 @@ execFileSync(
     'nst/v1/style_transfer_service.proto',
     'nst/v1/style_service.proto',
     'nst/v1/model_service.proto',
+    'nst/v1/image_service.proto',
   ],
   { stdio: 'inherit' },
 );

@@ -1,53 +1,14 @@
-import { Client, credentials as channelCredentials, Metadata, status } from '@grpc/grpc-js';
-import type { CallOptions as GrpcCallOptions, ChannelCredentials, ChannelOptions } from '@grpc/grpc-js';
-import type { MethodDefinition } from '@grpc/proto-loader';
+import { randomUUID } from 'node:crypto';
+import { Connection, limit, type CallOptions, type ClientOptions, type Method } from './connection.js';
 import { contract } from './contract.js';
-import { asNstError, CancelledError, NstError } from './errors.js';
-import type { StylizeEvent } from './events.js';
-import type { StylizeRequest__Input as StylizeMessage } from './generated/nst/v1/StylizeRequest.js';
-import { loadImage, loadStyles, type ImageSource, type StyleImageSource, type StyleSource } from './images.js';
-import type { Encoding, Model, OptionDescription, Preset, Preview, Style, StylizeOptions } from './messages.js';
+import { loadFile, loadStyles, type ImageFile, type StyleImageSource } from './images.js';
+import type { EncodedImage } from './image_parts.js';
+import type { Job, JobState, Model, OptionDescription, Preset, Preview, StoredImage, Style } from './messages.js';
+import type { StylizeOptions } from './messages.js';
 import { camelCase, fromPlain, toPlain } from './plain.js';
-import { readEvents, Stylization } from './stylization.js';
-
-type UnaryMethod<In, Out> = Pick<
-  MethodDefinition<In, unknown, unknown, Out>,
-  'path' | 'requestSerialize' | 'responseDeserialize'
->;
-
-/** How to reach the server. */
-export interface ClientOptions {
-  /** Default: no encryption. */
-  readonly credentials?: ChannelCredentials | undefined;
-  /** Options of grpc-js. None is needed; gRPC's limits fit the service. */
-  readonly channelOptions?: ChannelOptions | undefined;
-}
-
-/** When to give a call up. */
-export interface CallOptions {
-  /** Aborting it cancels the call, and the job with it. */
-  readonly signal?: AbortSignal | undefined;
-  /** Milliseconds until the call, and the job with it, is given up. Default: none. */
-  readonly deadlineMs?: number | undefined;
-}
-
-/** What `stylize` needs. */
-export interface StylizeRequest {
-  /** The photograph whose content the picture keeps. */
-  readonly content: ImageSource;
-  /** 1 to 16 styles, mixed by their weights. A string is a file; a stored style is `{ style: 'styles/…' }`. */
-  readonly styles: readonly StyleSource[];
-  /** Name of the feature model, `models/…` or the bare id. Default: the server's. */
-  readonly model?: string | undefined;
-  /** What is left out has the server's default: see `describeOptions`. */
-  readonly options?: StylizeOptions | undefined;
-  /** Which pictures on the way to send. Default: each iteration's, at most 512 px, as JPEG. */
-  readonly preview?: Preview | undefined;
-  /** The picture to start from, another run's result for instance; implies `init: 'image'`. */
-  readonly initImage?: ImageSource | undefined;
-  /** How to encode the result. Default: PNG. */
-  readonly output?: Encoding | undefined;
-}
+import { stylizeMessage, type StylizeRequest } from './requests.js';
+import { Stylization } from './stylization.js';
+import { download, upload } from './transfers.js';
 
 /** What `createStyle` needs. */
 export interface CreateStyleRequest {
@@ -65,20 +26,137 @@ export interface ListOptions extends CallOptions {
   readonly pageSize?: number | undefined;
 }
 
+/** Which jobs to list, and how. */
+export interface ListJobsOptions extends ListOptions {
+  /** Only jobs in one of these states. Default: all. */
+  readonly states?: readonly Exclude<JobState, 'unspecified'>[] | undefined;
+}
+
+/** How to watch a job. */
+export interface WatchOptions extends CallOptions {
+  /** Number of the last event that was seen; those after it are sent. Default: 0, all events. */
+  readonly afterSequence?: number | undefined;
+  /** Which pictures on the way to send. Default: each iteration's, at most 512 px, as JPEG. */
+  readonly preview?: Preview | undefined;
+}
+
+/** How to change a job; what is left out stays as it is. */
+export interface JobUpdate {
+  /** New weights, layers or iteration budgets. */
+  readonly options?: StylizeOptions | undefined;
+  /** Whether the job is to wait. */
+  readonly paused?: boolean | undefined;
+  /** Whether the best picture so far is enough. */
+  readonly finish?: boolean | undefined;
+}
+
 /** A client of one server. Its calls share one connection, which is made at the first call and again when it is lost. */
 export class NstClient {
-  readonly #address: string;
-  readonly #client: Client;
-  #closed = false;
+  readonly #connection: Connection;
 
-  constructor(address = 'localhost:50051', { credentials, channelOptions = {} }: ClientOptions = {}) {
-    this.#address = address;
-    this.#client = new Client(address, credentials ?? channelCredentials.createInsecure(), channelOptions);
+  constructor(address = 'localhost:50051', options: ClientOptions = {}) {
+    this.#connection = new Connection(address, options);
   }
 
   /** Makes a picture. The call begins when the returned object is looped over, or its `result()` is asked for. */
   stylize(request: StylizeRequest, options: CallOptions = {}): Stylization {
-    return new Stylization((watched) => this.#stylize(request, watched, options));
+    const requestId = request.requestId ?? randomUUID();
+    return new Stylization(this.#connection, {
+      onLeave: 'cancel',
+      limits: options,
+      prepare: (watched, signal) => {
+        const preview = request.preview ?? (watched ? undefined : { interval: 0 });
+        // The job outlives the connection, not the caller: leaving the loop cancels it.
+        const durable = { ...request, requestId, preview, cancelOnDisconnect: false };
+        return stylizeMessage(this.#connection, durable, signal);
+      },
+    });
+  }
+
+  /**
+   * Creates a job, which outlives this program, and returns it, queued. Asked for again with the same `requestId`, it is
+   * the job that is there.
+   */
+  createJob(request: StylizeRequest, options?: CallOptions): Promise<Job> {
+    const requestId = request.requestId ?? randomUUID();
+    return this.#within(options, async (signal) => {
+      const message = await stylizeMessage(this.#connection, { ...request, requestId }, signal);
+      const { CreateJob } = contract.StyleTransferService.service;
+      return toPlain(contract.Job, await this.#connection.repeated(CreateJob, { request: message }, signal));
+    });
+  }
+
+  /** One job, by its name (`jobs/…` or the bare id). */
+  async getJob(name: string, options?: CallOptions): Promise<Job> {
+    const message = fromPlain(contract.GetJobRequest, { name });
+    return toPlain(contract.Job, await this.#call(contract.StyleTransferService.service.GetJob, message, options));
+  }
+
+  /** The jobs, the newest first, fetched page by page while you loop. */
+  async *listJobs({ pageSize, states, ...options }: ListJobsOptions = {}): AsyncGenerator<Job, void, undefined> {
+    let pageToken = '';
+    do {
+      const message = fromPlain(contract.ListJobsRequest, { pageSize, pageToken, states });
+      const page = await this.#call(contract.StyleTransferService.service.ListJobs, message, options);
+      for (const job of page.jobs) yield toPlain(contract.Job, job);
+      pageToken = page.nextPageToken;
+    } while (pageToken);
+  }
+
+  /** The events of a job, as those of `stylize`; but leaving the loop, aborting and the deadline leave the job alone. */
+  watchJob(name: string, { afterSequence = 0, preview, ...options }: WatchOptions = {}): Stylization {
+    fromPlain(contract.WatchJobRequest, { name, afterSequence });
+    return new Stylization(this.#connection, {
+      onLeave: 'detach',
+      limits: options,
+      seen: { name, sequence: afterSequence },
+      preview: (watched) => {
+        const wanted = preview ?? (watched ? undefined : { interval: 0 });
+        return wanted && fromPlain(contract.Preview, wanted, 'preview');
+      },
+    });
+  }
+
+  /** Changes, pauses, resumes or finishes a job that has not ended; returns it as it is when that is accepted. */
+  async updateJob(name: string, update: JobUpdate, options?: CallOptions): Promise<Job> {
+    const message = fromPlain(contract.UpdateJobRequest, { ...update, name });
+    return toPlain(contract.Job, await this.#call(contract.StyleTransferService.service.UpdateJob, message, options));
+  }
+
+  /** Ends a job and returns it; one that has ended stays as it is. */
+  async cancelJob(name: string, options?: CallOptions): Promise<Job> {
+    const message = fromPlain(contract.CancelJobRequest, { name });
+    return toPlain(contract.Job, await this.#call(contract.StyleTransferService.service.CancelJob, message, options));
+  }
+
+  /** Deletes a job with its events and images, ending it first. */
+  async deleteJob(name: string, options?: CallOptions): Promise<void> {
+    const message = fromPlain(contract.DeleteJobRequest, { name });
+    await this.#call(contract.StyleTransferService.service.DeleteJob, message, options);
+  }
+
+  /**
+   * Stores an image on the server, whatever its size: in parts, going on after an interruption. One that is there
+   * already is not sent. What comes back can be given wherever an image can.
+   */
+  uploadImage(image: ImageFile, options?: CallOptions): Promise<StoredImage> {
+    return this.#within(options, async (signal) => {
+      const name = await upload(this.#connection, await loadFile(image, 'image'), signal);
+      const { GetImage } = contract.ImageService.service;
+      return toPlain(contract.StoredImage, await this.#connection.repeated(GetImage, { name }, signal));
+    });
+  }
+
+  /** What the server knows of an image, by its name (`images/…`). */
+  async getImage(name: string, options?: CallOptions): Promise<StoredImage> {
+    const message = fromPlain(contract.GetImageRequest, { name });
+    return toPlain(contract.StoredImage, await this.#call(contract.ImageService.service.GetImage, message, options));
+  }
+
+  /** An image's file, by its name (`images/…`): in parts, going on after an interruption, checked by its SHA-256. */
+  async downloadImage(name: string, options?: CallOptions): Promise<EncodedImage> {
+    fromPlain(contract.DownloadImageRequest, { name });
+    return this.#within(options, (signal) => download(this.#connection, name, signal));
   }
 
   /** Stores a style. The same images, weights and id give the same style again. */
@@ -145,90 +223,27 @@ export class NstClient {
 
   /** Closes the connection when its last call has ended. */
   close(): void {
-    this.#closed = true;
-    this.#client.close();
+    this.#connection.close();
   }
 
   [Symbol.dispose](): void {
     this.close();
   }
 
-  async *#stylize(
-    request: StylizeRequest,
-    watched: boolean,
-    { signal, deadlineMs }: CallOptions,
-  ): AsyncGenerator<StylizeEvent, void, undefined> {
-    const message = await stylizeMessage(request, watched);
-    throwIfAborted(signal);
-    const { path, requestSerialize, responseDeserialize } = contract.StyleTransferService.service.Stylize;
-    const call = this.#open().makeServerStreamRequest(
-      path,
-      requestSerialize,
-      responseDeserialize,
-      message,
-      new Metadata(),
-      withDeadline(deadlineMs),
-    );
-    const abort = () => call.cancel();
-    signal?.addEventListener('abort', abort, { once: true });
+  #call<In, Out>(method: Method<In, Out>, message: In, options?: CallOptions): Promise<Out> {
+    return this.#within(options, (signal) => this.#connection.unary(method, message, signal));
+  }
+
+  /** Does something that keeps the connection in use, and is over when the signal fires. */
+  async #within<T>(options: CallOptions = {}, work: (signal: AbortSignal) => Promise<T>): Promise<T> {
+    this.#connection.checkOpen();
+    const stop = new AbortController();
+    const [release, unlimit] = [this.#connection.hold(), limit(options, stop)];
     try {
-      for await (const event of readEvents(call)) {
-        throwIfAborted(signal);
-        yield event;
-      }
-    } catch (error) {
-      throw asNstError(error, this.#address, signal);
+      return await work(stop.signal);
     } finally {
-      signal?.removeEventListener('abort', abort);
-      call.cancel();
+      unlimit();
+      release();
     }
   }
-
-  #open(): Client {
-    if (this.#closed) throw new NstError('the client was closed', { code: status.FAILED_PRECONDITION });
-    return this.#client;
-  }
-
-  #call<In, Out>(
-    { path, requestSerialize, responseDeserialize }: UnaryMethod<In, Out>,
-    message: In,
-    { signal, deadlineMs }: CallOptions = {},
-  ): Promise<Out> {
-    return new Promise<Out>((resolve, reject) => {
-      throwIfAborted(signal);
-      const call = this.#open().makeUnaryRequest(
-        path,
-        requestSerialize,
-        responseDeserialize,
-        message,
-        new Metadata(),
-        withDeadline(deadlineMs),
-        (error, reply) => {
-          signal?.removeEventListener('abort', abort);
-          if (error) reject(asNstError(error, this.#address, signal));
-          else resolve(reply!);
-        },
-      );
-      const abort = () => call.cancel();
-      signal?.addEventListener('abort', abort, { once: true });
-    });
-  }
-}
-
-async function stylizeMessage(request: StylizeRequest, watched: boolean): Promise<StylizeMessage> {
-  const [content, styles, initImage] = await Promise.all([
-    loadImage(request.content, 'content'),
-    loadStyles(request.styles, 'styles'),
-    request.initImage === undefined ? undefined : loadImage(request.initImage, 'init_image'),
-  ]);
-  const preview = request.preview ?? (watched ? undefined : { interval: 0 });
-  return fromPlain(contract.StylizeRequest, { ...request, content, styles, initImage, preview });
-}
-
-function withDeadline(deadlineMs: number | undefined): GrpcCallOptions {
-  return deadlineMs === undefined ? {} : { deadline: Date.now() + deadlineMs };
-}
-
-function throwIfAborted(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) throw new CancelledError('the call was aborted', { cause: signal.reason });
 }

@@ -2,16 +2,16 @@
 //
 //   NstError
 //   ├── InvalidArgumentError      a field is missing, malformed or out of range; `field` names it
-//   ├── NotFoundError             no style or model of that name
-//   ├── AlreadyExistsError        the id stands for another style
-//   ├── FailedPreconditionError   the model's weights are not on the server
+//   ├── NotFoundError             no job, image, style or model of that name
+//   ├── AlreadyExistsError        the id stands for another style, the requestId for another request
+//   ├── FailedPreconditionError   the model's weights are not on the server, or the job has ended
 //   ├── ResourceExhaustedError    a request larger than the server takes, a full data folder
 //   │   └── QueueFullError        come back after `retryAfterMs`
-//   ├── UnavailableError          no server there, or the connection was lost
+//   ├── UnavailableError          no server there, or it was away for too long
 //   ├── DeadlineExceededError     `deadlineMs` has passed
-//   ├── CancelledError            the AbortSignal fired (its reason is `cause`), or the loop was left
+//   ├── CancelledError            the AbortSignal fired (its reason is `cause`), or the stream was left
 //   ├── JobFailedError            the job ended without a result; `reason` and `code` say why
-//   ├── JobCancelledError         the server ended the job
+//   ├── JobCancelledError         somebody else cancelled the job
 //   ├── BrokenStreamError         what arrived is incomplete or contradicts the contract
 //   └── ServerError               anything else
 import { status, type ServiceError } from '@grpc/grpc-js';
@@ -64,13 +64,13 @@ export class InvalidArgumentError extends NstError {
   }
 }
 
-/** There is no style or model of that name. */
+/** There is no job, image, style or model of that name. */
 export class NotFoundError extends NstError {}
 
-/** The id stands for a style with other images, weights or display name. */
+/** The id stands for a style with other images, weights or display name; or the requestId for another request. */
 export class AlreadyExistsError extends NstError {}
 
-/** The model's weights are not on the server. */
+/** The model's weights are not on the server, or the job has ended and changes no more. */
 export class FailedPreconditionError extends NstError {}
 
 /** A limit was reached: the request is larger than the server takes, or its data folder is full. */
@@ -88,12 +88,20 @@ export class QueueFullError extends ResourceExhaustedError {
 }
 
 /** There is no server at that address, it is starting or stopping, or the connection was lost. */
-export class UnavailableError extends NstError {}
+export class UnavailableError extends NstError {
+  /** When to try again, milliseconds from now; undefined if the server did not say. */
+  readonly retryAfterMs: number | undefined;
+
+  constructor(message: string, details: ErrorDetails = {}) {
+    super(message, { code: status.UNAVAILABLE, ...details });
+    this.retryAfterMs = details.retryAfterMs;
+  }
+}
 
 /** The call's deadline has passed. */
 export class DeadlineExceededError extends NstError {}
 
-/** The call was cancelled: `cause` is the AbortSignal's reason. */
+/** The call was cancelled by its caller: `cause` is the AbortSignal's reason, if it was by that. */
 export class CancelledError extends NstError {
   constructor(message: string, details: ErrorDetails = {}) {
     super(message, { code: status.CANCELLED, ...details });
@@ -111,7 +119,7 @@ export class JobFailedError extends NstError {
   }
 }
 
-/** The server ended the job before it had a result. */
+/** The job was cancelled before it had a result, and not by this stream. */
 export class JobCancelledError extends NstError {
   constructor(
     /** The job as it ended. */
@@ -141,9 +149,8 @@ const CLASS_OF_STATUS: Partial<Record<number, new (message: string, details: Err
 };
 
 /** The error to throw for whatever a call to `address` ended with. */
-export function asNstError(error: unknown, address: string, signal?: AbortSignal): unknown {
+export function asNstError(error: unknown, address: string): unknown {
   if (error instanceof NstError) return error;
-  if (signal?.aborted) return new CancelledError('the call was aborted', { cause: signal.reason });
   if (isServiceError(error)) return fromServiceError(error, address);
   if (isPrematureClose(error)) return new BrokenStreamError('the stream was closed early', { cause: error });
   return error;
@@ -155,8 +162,10 @@ function fromServiceError(error: ServiceError, address: string): NstError {
   if (code === status.RESOURCE_EXHAUSTED && details.retryAfterMs !== undefined) {
     return new QueueFullError(message, { ...details, retryAfterMs: details.retryAfterMs });
   }
-  // CANCELLED that nobody here asked for is how a server that stops ends its calls.
-  if (code === status.UNAVAILABLE || code === status.CANCELLED) {
+  // CANCELLED that nobody here asked for is how a server that stops ends its calls; a stream that something on the way
+  // has cut has no status, only what grpc-js makes of that.
+  const cut = code === status.INTERNAL && message.startsWith('Received RST_STREAM');
+  if (code === status.UNAVAILABLE || code === status.CANCELLED || cut) {
     return new UnavailableError(`the server at ${address} is not available: ${message}`, {
       ...details,
       code: status.UNAVAILABLE,

@@ -17,7 +17,7 @@ export interface EventHeader {
   readonly time: Date;
 }
 
-/** The job when the stream began. The first event of every stream. */
+/** The job when the stream began. The first event; a stream that was taken up again has no second one. */
 export interface SnapshotEvent extends EventHeader {
   readonly kind: 'snapshot';
   readonly job: Job;

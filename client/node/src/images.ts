@@ -1,9 +1,13 @@
 // Images that the caller brings.
 import { readFile } from 'node:fs/promises';
 import { InvalidArgumentError } from './errors.js';
+import { isObject } from './plain.js';
 
 /** An image file: its bytes, or where it lies (a path or a file: URL). */
-export type ImageSource = Uint8Array | string | URL;
+export type ImageFile = Uint8Array | string | URL;
+
+/** An image: a file, or by its name (`images/…`) one that is on the server: what `uploadImage` gave, or a result. */
+export type ImageSource = ImageFile | { readonly name: string };
 
 /** What can be said of a style. A mask is an image, white where it holds, black elsewhere, grey in between. */
 export interface StyleSettings {
@@ -23,13 +27,21 @@ export type StyleSource =
 export type StyleImageSource = ImageSource | { readonly image: ImageSource; readonly weight?: number | undefined };
 
 /** An Image message. `field` is where it stands in the request. */
-export async function loadImage(source: ImageSource, field: string): Promise<{ data: Uint8Array }> {
-  if (source instanceof Uint8Array) return { data: source };
+export async function loadImage(source: ImageSource, field: string): Promise<{ data: Uint8Array } | { name: string }> {
+  if (!isStored(source)) return { data: await loadFile(source, field) };
+  const { name } = source;
+  if (!String(name).startsWith('images/')) throw unusable(field, `must be a stored image, images/…, not ${name}`);
+  return { name };
+}
+
+/** The bytes of a file. `field` is where it stands in the request. */
+export async function loadFile(source: ImageFile, field: string): Promise<Uint8Array> {
+  if (source instanceof Uint8Array) return source;
   if (typeof source !== 'string' && !(source instanceof URL)) {
-    throw unusable(field, 'must be a Uint8Array, a path or a file: URL');
+    throw unusable(field, 'must be a Uint8Array, a path, a file: URL or a stored image');
   }
   try {
-    return { data: await readFile(source) };
+    return await readFile(source);
   } catch (error) {
     throw unusable(field, `cannot be read: ${(error as Error).message}`, error);
   }
@@ -42,7 +54,7 @@ export async function loadStyles(sources: readonly StyleSource[], field: string)
 }
 
 async function loadStyle(source: StyleSource, field: string): Promise<object> {
-  if (isImageSource(source)) return { image: await loadImage(source, `${field}.image`) };
+  if (isStored(source) || isFile(source)) return { image: await loadImage(source, `${field}.image`) };
   if (typeof source !== 'object' || source === null) throw unusable(field, 'must be an image or a style');
   const loaded: Record<string, unknown> = { ...source };
   if ('image' in source) loaded.image = await loadImage(source.image, `${field}.image`);
@@ -51,8 +63,12 @@ async function loadStyle(source: StyleSource, field: string): Promise<object> {
   return loaded;
 }
 
-function isImageSource(source: StyleSource): source is ImageSource {
+function isFile(source: StyleSource): source is ImageFile {
   return source instanceof Uint8Array || typeof source === 'string' || source instanceof URL;
+}
+
+function isStored(source: StyleSource): source is { readonly name: string } {
+  return isObject(source) && 'name' in source;
 }
 
 function unusable(field: string, what: string, cause?: unknown): InvalidArgumentError {

@@ -1,7 +1,8 @@
 // Client of the neural style transfer service.
 export { credentials } from '@grpc/grpc-js';
 export { NstClient } from './client.js';
-export type { CallOptions, ClientOptions, CreateStyleRequest, ListOptions, StylizeRequest } from './client.js';
+export type { CreateStyleRequest, JobUpdate, ListJobsOptions, ListOptions, WatchOptions } from './client.js';
+export type { CallOptions, ClientOptions } from './connection.js';
 export {
   AlreadyExistsError,
   BrokenStreamError,
@@ -28,11 +29,12 @@ export type {
   StylizeEvent,
 } from './events.js';
 export type { EncodedImage } from './image_parts.js';
-export type { ImageSource, StyleImageSource, StyleSettings, StyleSource } from './images.js';
+export type { ImageFile, ImageSource, StyleImageSource, StyleSettings, StyleSource } from './images.js';
 export type {
   Encoding,
   ImageFormat,
   Job,
+  JobResult,
   JobState,
   Model,
   OptionDescription,
@@ -40,11 +42,13 @@ export type {
   Preview,
   Progress,
   StopReason,
+  StoredImage,
   Style,
   StylizeOptions,
 } from './messages.js';
 export { readParameters } from './parameters.js';
 export type { PictureParameters, StyleRecord } from './parameters.js';
 export type { JsonValue } from './plain.js';
+export type { StylizeRequest } from './requests.js';
 export type { FieldViolation } from './status_details.js';
 export type { Stylization } from './stylization.js';

@@ -2,12 +2,14 @@
 import type { Encoding as WireEncoding } from './generated/nst/v1/Encoding.js';
 import type { ImageFormat as WireImageFormat } from './generated/nst/v1/ImageFormat.js';
 import type { Job as WireJob } from './generated/nst/v1/Job.js';
+import type { JobResult as WireJobResult } from './generated/nst/v1/JobResult.js';
 import type { JobState as WireJobState } from './generated/nst/v1/JobState.js';
 import type { Model as WireModel } from './generated/nst/v1/Model.js';
 import type { OptionDescription as WireOptionDescription } from './generated/nst/v1/OptionDescription.js';
 import type { Preview as WirePreview } from './generated/nst/v1/Preview.js';
 import type { Progress as WireProgress } from './generated/nst/v1/Progress.js';
 import type { StopReason as WireStopReason } from './generated/nst/v1/StopReason.js';
+import type { StoredImage as WireStoredImage } from './generated/nst/v1/StoredImage.js';
 import type { Style as WireStyle } from './generated/nst/v1/Style.js';
 import type { StylizeOptions as WireStylizeOptions } from './generated/nst/v1/StylizeOptions.js';
 import type { Choice, Input, Plain } from './plain.js';
@@ -21,8 +23,10 @@ export interface Preview extends Input<WirePreview> {}
 export interface StylizeOptions extends Input<WireStylizeOptions> {}
 
 export type Job = Plain<WireJob>;
+export type JobResult = Plain<WireJobResult>;
 export type Model = Plain<WireModel>;
 export type Progress = Plain<WireProgress>;
+export type StoredImage = Plain<WireStoredImage>;
 export type Style = Plain<WireStyle>;
 
 /** One option, described for programs, and its name here. */

@@ -2,7 +2,7 @@
 import { contract } from './contract.js';
 import { InvalidArgumentError } from './errors.js';
 import { imageDescription } from './exif.js';
-import { loadImage, type ImageSource } from './images.js';
+import { loadFile, type ImageFile } from './images.js';
 import type { StopReason, StylizeOptions } from './messages.js';
 import { camelCase, fromPlain, isObject } from './plain.js';
 
@@ -47,10 +47,9 @@ export interface PictureParameters {
  * How a result was made: a file in PNG, JPEG, WebP or TIFF. Raises InvalidArgumentError if it is no such file, if it
  * carries no parameters, or those of a newer version, which this client does not understand.
  */
-export async function readParameters(source: ImageSource): Promise<PictureParameters> {
+export async function readParameters(source: ImageFile): Promise<PictureParameters> {
   const name = source instanceof Uint8Array ? 'the picture' : String(source);
-  const { data } = await loadImage(source, 'picture');
-  const recorded = parse(description(data, name));
+  const recorded = parse(description(await loadFile(source, 'picture'), name));
   if (!isObject(recorded) || !('nst' in recorded)) {
     throw new InvalidArgumentError(
       `${name} carries no parameters of nst: it was made by something else, or a program has removed them`,

@@ -1,8 +1,21 @@
 // The client against a real server: NST_TEST_SERVER=localhost:50051 npm run test:e2e
 import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
 import { after, before, test } from 'node:test';
 import { crc32, deflateSync, inflateSync } from 'node:zlib';
-import { CancelledError, InvalidArgumentError, NotFoundError, NstClient, type StylizeEvent } from '@nst/client';
+import { setTimeout as sleep } from 'node:timers/promises';
+import {
+  AlreadyExistsError,
+  CancelledError,
+  FailedPreconditionError,
+  InvalidArgumentError,
+  NotFoundError,
+  NstClient,
+  type Job,
+  type OptionDescription,
+  type StylizeEvent,
+} from '@nst/client';
+import { Wire } from './scripted_server.js';
 
 const address = process.env['NST_TEST_SERVER'];
 assert.ok(address, 'NST_TEST_SERVER must name a running nst-server, for instance localhost:50051');
@@ -187,4 +200,185 @@ test('a style is created, found, listed, used and deleted', async () => {
     await client.deleteStyle(created.name);
   }
   assert.ok((await rejection(client.getStyle(created.name))) instanceof NotFoundError);
+});
+
+/** A value of an option that is not its default. */
+function another({ key, type, defaultValue, choices, minimum, maximum }: OptionDescription): unknown {
+  if (type === 'choice') return choices.filter((choice) => choice !== defaultValue && choice !== 'image')[0];
+  if (type === 'boolean') return !defaultValue;
+  if (type === 'layer_weights') return { relu2_1: 0.5, relu3_1: 2 };
+  if (type === 'integers') return [3, 2];
+  if (key === 'sizePx') return 96; // two scales, for two budgets
+  if (key === 'firstSizePx') return 64;
+  const value = type === 'integer' ? Number(defaultValue) + 1 : Number(defaultValue) * 0.75 || 0.25;
+  assert.ok(value >= minimum! && value <= maximum!, `${key}: ${value} is not from ${minimum} to ${maximum}`);
+  return value;
+}
+
+test('every option that the server describes arrives there as it was given', async () => {
+  const described = await client.describeOptions();
+  const given = Object.fromEntries(described.map((option) => [option.key, another(option)]));
+  const { name, options: arrived } = await client.createJob({ content: photo, styles: [stripes], options: given });
+  await client.deleteJob(name);
+  for (const { key } of described) assert.deepEqual(arrived?.[key], given[key], key);
+  assert.equal(Object.keys(arrived!).length, described.length);
+});
+
+test('a connection cut again and again loses nothing: every event once, and the same picture', async () => {
+  const request = { content: photo, styles: [stripes], options: { ...options, iterations: 60, seed: 1 } };
+  const expected = await client.stylize(request, { deadlineMs }).result();
+
+  const wire = await Wire.to(address);
+  const shaky = new NstClient(wire.address);
+  try {
+    const all: StylizeEvent[] = [];
+    let cuts = 0;
+    for await (const event of shaky.stylize(request, { deadlineMs })) {
+      all.push(event);
+      const due = event.kind === 'progress' && event.iteration % 12 === 5;
+      if (due || event.kind === 'result') {
+        wire.cut();
+        cuts += 1;
+      }
+    }
+    assert.equal(cuts, 6);
+    assert.ok(wire.connections >= 4, `there were ${wire.connections} connections`);
+    const durable = all.filter(({ kind }) => kind !== 'snapshot' && kind !== 'frame');
+    const last = durable.at(-1)!;
+    assert.deepEqual(
+      durable.map(({ sequence }) => sequence),
+      Array.from({ length: last.sequence }, (_, index) => index + 1),
+    );
+    assert.equal(all.filter(({ kind }) => kind === 'snapshot').length, 1);
+    const iterations = all.flatMap((event) => (event.kind === 'progress' ? [event.iteration] : []));
+    assert.deepEqual(
+      iterations,
+      Array.from({ length: 61 }, (_, index) => index),
+    );
+    const [result] = all.filter((event) => event.kind === 'result');
+    assert.equal(result?.image.sha256, expected.image.sha256);
+  } finally {
+    shaky.close();
+    wire.close();
+  }
+});
+
+/** A job when it is as wanted. */
+async function becomes(name: string, wanted: (job: Job) => boolean): Promise<Job> {
+  for (const until = Date.now() + 60_000; Date.now() < until; await sleep(50)) {
+    const job = await client.getJob(name);
+    if (wanted(job)) return job;
+  }
+  return assert.fail(`${name} did not become what was wanted: ${JSON.stringify(await client.getJob(name))}`);
+}
+
+test('a job is created once, listed, watched, steered, paused, resumed, finished, and deleted', async () => {
+  const requestId = `node-test-${process.pid}-${Date.now()}`;
+  const request = { content: photo, styles: [stripes], options: { ...options, iterations: 10_000 }, requestId };
+  const { name } = await client.createJob(request);
+  assert.equal((await client.createJob(request)).name, name);
+  const other = await rejection(client.createJob({ ...request, content: stripes }));
+  assert.ok(other instanceof AlreadyExistsError, String(other));
+  const running: string[] = [];
+  for await (const job of client.listJobs({ pageSize: 1, states: ['queued', 'running'] })) running.push(job.name);
+  assert.ok(running.includes(name));
+
+  for await (const event of client.watchJob(name)) if (event.kind === 'progress') break;
+  assert.equal((await client.updateJob(name, { options: { styleWeight: 7 } })).name, name);
+  await becomes(name, (job) => job.options?.styleWeight === 7);
+  await client.updateJob(name, { paused: true });
+  const paused = await becomes(name, ({ state }) => state === 'paused');
+  await client.updateJob(name, { paused: false });
+  const resumed = await becomes(name, ({ attempt, state }) => state === 'running' && attempt > paused.attempt);
+  await client.updateJob(name, { finish: true });
+
+  const { image, stopReason } = await client.watchJob(name, { afterSequence: resumed.sequence }).result();
+  assert.equal(stopReason, 'finished');
+  const ended = await client.getJob(name);
+  assert.deepEqual([ended.state, ended.result?.image], ['succeeded', `images/${image.sha256}`]);
+  assert.equal((await client.watchJob(name).result()).image.sha256, image.sha256);
+  const late = await rejection(client.updateJob(name, { finish: true }));
+  assert.ok(late instanceof FailedPreconditionError, String(late));
+
+  const stored = await client.getImage(ended.result!.image);
+  assert.deepEqual([stored.width, stored.height, stored.mediaType], [64, 48, 'image/png']);
+  assert.ok((await client.downloadImage(stored.name)).data.equals(image.data));
+  const next = { content: stored, styles: [{ name: ended.result!.image }], initImage: stored, options };
+  assert.equal((await client.stylize(next, { deadlineMs }).result()).image.width, 64);
+  await client.deleteJob(name);
+  assert.ok((await rejection(client.getJob(name))) instanceof NotFoundError);
+});
+
+test('leaving the loop cancels the job, detaching does not, cancelling early does', async () => {
+  const request = { content: photo, styles: [stripes], options: { ...options, iterations: 10_000 } };
+  const left = client.stylize(request, { deadlineMs });
+  for await (const event of left) if (event.kind === 'progress') break;
+  await becomes(left.job!.name, ({ state }) => state === 'cancelled');
+
+  const detached = client.stylize(request, { deadlineMs });
+  let seen = 0;
+  for await (const event of detached) {
+    if (event.kind !== 'progress') continue;
+    seen = event.iteration;
+    detached.detach();
+  }
+  const { name } = detached.job!;
+  await becomes(name, ({ progress }) => progress !== undefined && progress.iteration > seen + 3);
+  assert.equal((await client.cancelJob(name)).state, 'cancelled');
+
+  // Wherever on its way the request is.
+  for (const ms of [0, 5, 40]) {
+    const requestId = `node-early-${process.pid}-${Date.now()}`;
+    const early = client.stylize({ ...request, requestId });
+    const loop = rejection(early.result());
+    await sleep(ms);
+    await early.cancel();
+    assert.ok((await loop) instanceof CancelledError);
+    for await (const job of client.listJobs()) {
+      if (job.requestId === requestId) assert.equal(job.state, 'cancelled');
+    }
+  }
+});
+
+/** An RGB BMP file of noise; `width` must be a multiple of 4. */
+function bmp(width: number, height: number): Buffer {
+  const pixels = randomBytes(3 * width * height);
+  const header = Buffer.alloc(54);
+  header.write('BM');
+  for (const [at, value] of [
+    [2, 54 + pixels.length],
+    [10, 54],
+    [14, 40],
+    [18, width],
+    [22, height],
+    [34, pixels.length],
+  ] as const) {
+    header.writeUInt32LE(value, at);
+  }
+  header.writeUInt16LE(1, 26);
+  header.writeUInt16LE(24, 28);
+  return Buffer.concat([header, pixels]);
+}
+
+test('an image too large for one request is uploaded through a connection that is cut, and used', async () => {
+  const large = bmp(3000, 2900);
+  assert.ok(large.length > 24 << 20);
+  const wire = await Wire.to(address);
+  const shaky = new NstClient(wire.address);
+  try {
+    await shaky.listModels();
+    const cuts = [20, 90, 400].map((ms) => setTimeout(() => wire.cut(), ms));
+    const { image } = await shaky.stylize({ content: large, styles: [stripes], options }, { deadlineMs }).result();
+    assert.deepEqual([image.width, image.height], [64, 62]);
+    cuts.forEach(clearTimeout);
+    assert.ok(wire.connections >= 3, `there were ${wire.connections} connections`);
+    const stored = await shaky.uploadImage(large);
+    assert.deepEqual([stored.totalBytes, stored.width, stored.height], [large.length, 3000, 2900]);
+    const cut = setTimeout(() => wire.cut(), 30);
+    assert.ok((await shaky.downloadImage(stored.name)).data.equals(large));
+    clearTimeout(cut);
+  } finally {
+    shaky.close();
+    wire.close();
+  }
 });

@@ -14,6 +14,7 @@ import {
   type ServerWritableStream,
 } from '@grpc/grpc-js';
 import { fromJSON, loadSync, type MessageTypeDefinition } from '@grpc/proto-loader';
+import type { ImageServiceHandlers } from '../dist/generated/nst/v1/ImageService.js';
 import type { ImagePart__Input } from '../dist/generated/nst/v1/ImagePart.js';
 import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
 import type { ModelServiceHandlers } from '../dist/generated/nst/v1/ModelService.js';
@@ -21,37 +22,55 @@ import type { StyleServiceHandlers } from '../dist/generated/nst/v1/StyleService
 import type { StyleTransferServiceHandlers } from '../dist/generated/nst/v1/StyleTransferService.js';
 import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
 import type { StylizeResponse__Input } from '../dist/generated/nst/v1/StylizeResponse.js';
+import type { WatchJobRequest } from '../dist/generated/nst/v1/WatchJobRequest.js';
 
 export type StylizeCall = ServerWritableStream<StylizeRequest, StylizeResponse__Input | Buffer>;
+export type WatchCall = ServerWritableStream<WatchJobRequest, StylizeResponse__Input | Buffer>;
+export type JobCall = StylizeCall | WatchCall;
+
+// Omit would forget the names that it leaves.
+type Jobs = {
+  [
+    Name in keyof StyleTransferServiceHandlers as Exclude<Name, 'Stylize' | 'WatchJob'>
+  ]: StyleTransferServiceHandlers[Name];
+};
 
 /** What a server does with its calls. */
 export type Script = {
   stylize?: (call: StylizeCall) => void | Promise<void>;
-} & Partial<Omit<StyleTransferServiceHandlers, 'Stylize'> & StyleServiceHandlers & ModelServiceHandlers>;
+  watch?: (call: WatchCall) => void | Promise<void>;
+} & Partial<Jobs & StyleServiceHandlers & ModelServiceHandlers & ImageServiceHandlers>;
 
-const services = ['StyleTransferService', 'StyleService', 'ModelService'] as const;
+const services = ['StyleTransferService', 'StyleService', 'ModelService', 'ImageService'] as const;
+
+const protos = ['style_transfer_service', 'style_service', 'model_service', 'image_service'];
 
 const contract = (
   loadPackageDefinition(
-    loadSync(['nst/v1/style_transfer_service.proto', 'nst/v1/style_service.proto', 'nst/v1/model_service.proto'], {
-      includeDirs: [fileURLToPath(new URL('../proto', import.meta.url))],
-      longs: Number,
-      enums: String,
-      defaults: true,
-      arrays: true,
-      objects: true,
-    }),
+    loadSync(
+      protos.map((name) => `nst/v1/${name}.proto`),
+      {
+        includeDirs: [fileURLToPath(new URL('../proto', import.meta.url))],
+        longs: Number,
+        enums: String,
+        defaults: true,
+        arrays: true,
+        objects: true,
+      },
+    ),
   ) as any
 ).nst.v1;
 
 /** A running server that answers as the script says, and UNIMPLEMENTED to the rest. */
 export class ScriptedServer {
-  readonly #server = new Server();
+  readonly #server = new Server({ 'grpc.max_receive_message_length': 32 << 20 });
   address = '';
 
   static async start(script: Script): Promise<ScriptedServer> {
     const scripted = new ScriptedServer();
-    const handlers = { ...script, Stylize: (call: StylizeCall) => void script.stylize?.(call) };
+    const { stylize, watch, ...rest } = script;
+    const Stylize = (call: StylizeCall) => void stylize?.(call);
+    const handlers = { ...rest, Stylize, ...(watch && { WatchJob: (call: WatchCall) => void watch(call) }) };
     for (const name of services) scripted.#server.addService(rawReplies(contract[name].service), handlers as any);
     const port = await new Promise<number>((resolve, reject) => {
       scripted.#server.bindAsync('127.0.0.1:0', ServerCredentials.createInsecure(), (error, port) =>
@@ -77,10 +96,21 @@ function rawReplies(service: Record<string, any>): any {
   );
 }
 
+const numbers = new WeakMap<JobCall, number>();
+
+/** The next number of an event without one: the first of a stream is 1. */
+function numbered(call: JobCall, { stateChange, progress, result }: JobEvent__Input): number {
+  const last = numbers.get(call) ?? 0;
+  const next = stateChange || progress || (result && !result.image?.offset) ? last + 1 : last;
+  numbers.set(call, next);
+  return next;
+}
+
 /** Sends one event; resolves when the stream takes more. */
-export async function send(call: StylizeCall, event: JobEvent__Input): Promise<void> {
+export async function send(call: JobCall, event: JobEvent__Input): Promise<void> {
+  const sequence = event.sequence ?? numbered(call, event);
   const header = { attempt: 1, eventTime: { seconds: 1_700_000_000, nanos: 500_000_000 } };
-  if (call.write({ event: { ...header, ...event } })) return;
+  if (call.write({ event: { ...header, ...event, sequence } })) return;
   const cancelled = new AbortController();
   const stop = () => cancelled.abort();
   call.once('cancelled', stop);
@@ -108,7 +138,7 @@ export function parts(data: Buffer, size = 2 << 20): ImagePart__Input[] {
 }
 
 /** A whole job: snapshot, running, `iterations` + 1 progress events and frames, result, succeeded. */
-export async function wholeJob(call: StylizeCall, { iterations = 2, result = Buffer.from('the picture') } = {}) {
+export async function wholeJob(call: JobCall, { iterations = 2, result = Buffer.from('the picture') } = {}) {
   const job = { name: 'jobs/1', model: 'models/tiny', width: 40, height: 30 };
   let sequence = 0;
   await send(call, { sequence, snapshot: { ...job, state: 'JOB_STATE_QUEUED', createTime: { seconds: 1 } } });
@@ -140,7 +170,13 @@ const google = fromJSON({
       },
     },
     Any: { fields: { type_url: { type: 'string', id: 1 }, value: { type: 'bytes', id: 2 } } },
-    ErrorInfo: { fields: { reason: { type: 'string', id: 1 }, domain: { type: 'string', id: 2 } } },
+    ErrorInfo: {
+      fields: {
+        reason: { type: 'string', id: 1 },
+        domain: { type: 'string', id: 2 },
+        metadata: { keyType: 'string', type: 'string', id: 3 } as object as { type: string; id: number },
+      },
+    },
     BadRequest: { fields: { fieldViolations: { rule: 'repeated', type: 'Violation', id: 1 } } },
     Violation: { fields: { field: { type: 'string', id: 1 }, description: { type: 'string', id: 2 } } },
     RetryInfo: { fields: { retryDelay: { type: 'Duration', id: 1 } } },
@@ -172,10 +208,13 @@ export class Wire {
   readonly #server;
   readonly #sockets = new Set<Socket>();
   address = '';
+  /** How many there were. */
+  connections = 0;
 
   private constructor(target: string) {
     const port = Number(target.slice(target.lastIndexOf(':') + 1));
     this.#server = createServer((near) => {
+      this.connections += 1;
       const far = connect(port, '127.0.0.1');
       near.pipe(far).pipe(near);
       for (const socket of [near, far]) this.#sockets.add(socket.on('error', () => undefined));
@@ -188,6 +227,11 @@ export class Wire {
     const bound = wire.#server.address();
     if (bound && typeof bound === 'object') wire.address = `127.0.0.1:${bound.port}`;
     return wire;
+  }
+
+  /** Lets nothing through any more, without a word to either end; new connections are possible. */
+  deaden(): void {
+    for (const socket of this.#sockets) socket.unpipe();
   }
 
   /** Cuts every connection; new ones are possible. */

@@ -4,7 +4,7 @@ import { createHash, randomBytes } from 'node:crypto';
 import { mkdtemp, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, test } from 'node:test';
+import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { pathToFileURL } from 'node:url';
 import { status } from '@grpc/grpc-js';
@@ -24,39 +24,14 @@ import {
   UnavailableError,
   type Job,
   type JobState,
-  type StylizeEvent,
   type StylizeOptions,
 } from '@nst/client';
 import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
 import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
+import { contract, definitions } from './inside.js';
+import { collect, connect, events, FINISHED, open, PHOTO, rejection } from './scripted_client.js';
 import { described, recorded } from './described.js';
-import {
-  parts,
-  reply,
-  richStatus,
-  ScriptedServer,
-  send,
-  wholeJob,
-  Wire,
-  type Script,
-  type StylizeCall,
-} from './scripted_server.js';
-
-const PHOTO = { content: Buffer.from('a photo'), styles: [Buffer.from('a style')] };
-const FINISHED = { stateChange: { job: { name: 'jobs/1', state: 'JOB_STATE_SUCCEEDED' } } } as const;
-
-const open: (() => void)[] = [];
-afterEach(() => {
-  for (const close of open.splice(0).reverse()) close();
-});
-
-async function connect(script: Script): Promise<NstClient> {
-  const server = await ScriptedServer.start(script);
-  const client = new NstClient(server.address);
-  open.push(() => server.stop());
-  open.push(() => client.close());
-  return client;
-}
+import { parts, reply, richStatus, ScriptedServer, send, wholeJob, Wire, type StylizeCall } from './scripted_server.js';
 
 /** A client whose every job consists of these events. */
 function scripted(...events: (JobEvent__Input | Buffer)[]): Promise<NstClient> {
@@ -71,26 +46,9 @@ function scripted(...events: (JobEvent__Input | Buffer)[]): Promise<NstClient> {
   });
 }
 
-async function collect(events: AsyncIterable<StylizeEvent>): Promise<StylizeEvent[]> {
-  const collected: StylizeEvent[] = [];
-  for await (const event of events) collected.push(event);
-  return collected;
-}
-
 /** The error that a job of these events throws. */
 async function failure(...events: (JobEvent__Input | Buffer)[]): Promise<Error> {
   return rejection(collect((await scripted(...events)).stylize(PHOTO)));
-}
-
-async function rejection(promise: Promise<unknown>): Promise<Error> {
-  return promise.then(
-    () => assert.fail('it did not throw'),
-    (error: Error) => error,
-  );
-}
-
-function events<Kind extends StylizeEvent['kind']>(all: StylizeEvent[], kind: Kind) {
-  return all.filter((event): event is Extract<StylizeEvent, { kind: Kind }> => event.kind === kind);
 }
 
 test('the public names are these', () => {
@@ -325,13 +283,13 @@ test('no server is an UnavailableError that names the address', async () => {
   client.close();
 });
 
-test('a connection lost on the way is an UnavailableError, and the next call connects again', async () => {
+test('without patience a connection lost on the way is an UnavailableError, and the next call connects again', async () => {
   const server = await ScriptedServer.start({
     stylize: (call) => send(call, { snapshot: {} }),
     ListModels: reply(() => ({ models: [{ name: 'models/a' }] })),
   });
   const wire = await Wire.to(server.address);
-  const client = new NstClient(wire.address);
+  const client = new NstClient(wire.address, { patienceMs: 0 });
   open.push(
     () => server.stop(),
     () => wire.close(),
@@ -346,9 +304,9 @@ test('a connection lost on the way is an UnavailableError, and the next call con
   assert.equal((await client.listModels()).length, 1);
 });
 
-test('a server that stops in the middle is an UnavailableError', async () => {
+test('a server that stops in the middle and does not come back is an UnavailableError', async () => {
   const server = await ScriptedServer.start({ stylize: (call) => send(call, { snapshot: {} }) });
-  const client = new NstClient(server.address);
+  const client = new NstClient(server.address, { patienceMs: 300 });
   open.push(() => client.close());
   const error = await rejection(
     (async () => {
@@ -541,6 +499,66 @@ test('a request carries what was given and nothing else', async () => {
   assert.deepEqual([request.preview?.interval, request.preview?.encoding?.quality], [0, 80]);
   assert.equal(request.output?.format, 'IMAGE_FORMAT_JPEG');
 });
+
+test('every option of the contract arrives as it was given', async () => {
+  let request: StylizeRequest | undefined;
+  const client = await connect({
+    stylize(call: StylizeCall) {
+      request = call.request;
+      return wholeJob(call);
+    },
+  });
+  const { field: fields } = contract.StylizeOptions.type as unknown as { field: OptionField[] };
+  assert.ok(fields.length >= 25);
+  for (const field of fields) {
+    for (const [given, expected] of samples(field)) {
+      await client.stylize({ ...PHOTO, options: { [field.name]: given } }).result();
+      const { [field.name]: arrived, ...others } = request!.options as unknown as Record<string, unknown>;
+      assert.deepEqual(arrived, expected, field.name);
+      assert.deepEqual(others, unset(fields, field.name), `${field.name} set another option`);
+    }
+  }
+});
+
+interface OptionField {
+  name: string;
+  type: string;
+  label: string;
+  typeName: string;
+}
+
+/** The choices of an enum, as the wire has them; the first is for none. */
+function choicesOf({ typeName }: OptionField): string[] {
+  const { value } = definitions[`nst.v1.${typeName}`]!.type as unknown as { value: { name: string }[] };
+  return value.map(({ name }) => name);
+}
+
+/** Values to give an option, and how each arrives. */
+function samples(field: OptionField): [given: unknown, arrived: unknown][] {
+  if (field.type === 'TYPE_ENUM') {
+    const [unspecified, ...choices] = choicesOf(field);
+    const prefix = unspecified!.slice(0, -'UNSPECIFIED'.length);
+    return choices.map((choice) => [choice.slice(prefix.length).toLowerCase(), choice]);
+  }
+  const values: Record<string, unknown[]> = {
+    TYPE_BOOL: [true, false],
+    TYPE_DOUBLE: [0, 0.1],
+    TYPE_MESSAGE: [{ relu1_1: 0.25, relu3_1: 0 }],
+  };
+  const samples = values[field.type] ?? (field.label === 'LABEL_REPEATED' ? [[9, 5]] : [0, 7]);
+  return samples.map((value) => [value, value]);
+}
+
+/** How the options that were not given arrive. */
+function unset(fields: OptionField[], given: string): Record<string, unknown> {
+  const unset: Record<string, unknown> = {};
+  for (const field of fields.filter(({ name }) => name !== given)) {
+    if (field.type === 'TYPE_ENUM') unset[field.name] = choicesOf(field)[0];
+    else if (field.type === 'TYPE_MESSAGE') unset[field.name] = {};
+    else if (field.label === 'LABEL_REPEATED') unset[field.name] = [];
+  }
+  return unset;
+}
 
 test('masks and the picture to start from are read like every other image', async () => {
   let request: StylizeRequest | undefined;
@@ -792,7 +810,7 @@ test('a picture without parameters, with damaged ones, or with those of a newer 
   const png = (text: string) => described(text).png!;
   const changed = (change: object) => png(JSON.stringify({ ...recorded, nst: '2.0', ...change }));
   const whole = png(JSON.stringify(recorded));
-  const wrong: [nst.ImageSource, RegExp][] = [
+  const wrong: [nst.ImageFile, RegExp][] = [
     ...['', 'abc', 'a holiday', '"nst"', '5', '[]', '{"title":"x"}'].map((text): [Buffer, RegExp] => [
       png(text),
       /^the picture carries no parameters of nst: it was made by/,

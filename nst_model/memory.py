@@ -1,0 +1,74 @@
+"""How much memory a stylization takes, reckoned from its options and size. Free of torch.
+
+The two that count grow with the picture: the activations that the backward pass needs, and L-BFGS's memory.
+"""
+
+from __future__ import annotations
+
+from nst_model.architecture import Architecture
+from nst_model.options import Optimizer, Precision, StyleLoss, StylizeOptions
+
+FIXED_BYTES = 250 * 2**20
+"""Buffers of the convolutions, of the allocator, and of all that does not grow with the picture."""
+
+ACTIVATION_COPIES = 2.0
+"""What is kept of each layer for the backward pass, copies in the convolutions' own format included."""
+
+WORKING_COPIES = 6
+"""Arrays of the size of the largest layer that are in use at once."""
+
+PICTURES = 24
+"""Pictures in fp32 that are in use at once: the optimizer's vectors, the best one, averages, what is shown."""
+
+SLICED_COPIES = 10
+"""Arrays of the size of the largest style layer that the sliced loss sorts."""
+
+
+def peak_bytes(options: StylizeOptions, height: int, width: int, architecture: Architecture) -> int:
+    """Return about how much memory a stylization takes at most, beside the feature model, in bytes.
+
+    Rather too much than too little: measured peaks are between half of it and all of it (`benchmarks/memory.py`).
+
+    Args:
+        options: of the stylization.
+        height: of the finished picture, pixels.
+        width: of the finished picture, pixels.
+        architecture: of the feature model.
+    """
+    pixels = (height + 2 * options.margin_px) * (width + 2 * options.margin_px)
+    named = {
+        layer
+        for layers in (options.style_layers, options.content_layers)
+        for layer, weight in layers.items()
+        if weight > 0
+    }
+    deepest = max(number for number, layer in enumerate(architecture.layers) if layer in named)
+    channels = [
+        convolution.channels / convolution.stride_px**2 for convolution in architecture.convolutions[: deepest + 1]
+    ]
+    value_bytes = 2 if options.precision is Precision.BF16 else 4
+    numbers = ACTIVATION_COPIES * sum(channels) + WORKING_COPIES * max(channels)
+    if options.style_loss is StyleLoss.SLICED:
+        numbers += SLICED_COPIES * max(channels)
+    pairs = options.history if options.optimizer is Optimizer.LBFGS else 1
+    return round(FIXED_BYTES + pixels * (numbers * value_bytes + 3 * 4 * (PICTURES + 2 * pairs)))
+
+
+def largest_size_px(
+    options: StylizeOptions, height: int, width: int, architecture: Architecture, limit_bytes: float
+) -> int:
+    """Return the largest longer edge, in pixels, at which a picture of these proportions takes no more than a limit.
+
+    0 if there is none.
+    """
+    longer = max(height, width)
+
+    def fits(size: int) -> bool:
+        rows, columns = (max(1, round(edge * size / longer)) for edge in (height, width))
+        return peak_bytes(options, rows, columns, architecture) <= limit_bytes
+
+    small, large = 0, longer
+    while small < large:
+        middle = (small + large + 1) // 2
+        small, large = (middle, large) if fits(middle) else (small, middle - 1)
+    return small

@@ -1,0 +1,96 @@
+"""The journal: writes what happens to jobs to the store, in the order it happened, many jobs in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from nst_server.errors import RequestError, StorageFull, StorageUnavailable
+from nst_server.storage.database import JobStore
+from nst_server.storage.records import Batch
+
+log = structlog.get_logger()
+
+RETRY_S = 1.0
+"""How long the journal waits before it tries again to write to a store that takes nothing."""
+
+AT_ONCE = 1000
+"""Batches in one transaction."""
+
+T = TypeVar("T")
+
+
+async def patiently(work: Callable[[], Awaitable[T]], otherwise: str) -> T:
+    """Return what the work does, tried again for as long as the storage takes nothing: that is nobody's fault.
+
+    `otherwise` is what the log says each time.
+    """
+    while True:
+        try:
+            return await work()
+        except (StorageFull, StorageUnavailable) as error:
+            log.error(f"{otherwise} yet", error=str(error))
+            await asyncio.sleep(RETRY_S)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A batch to write, or None for the question whether all before it is written."""
+
+    batch: Batch | None
+    settled: Callable[[Exception | None], None]
+
+
+class Journal:
+    """One writer for all jobs of a server. What it was given is written once, or refused by the store, never lost.
+
+    While the store takes nothing (a full disk, a database that is away) entries wait; the optimization does not.
+    """
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._entries: list[_Entry] = []
+        self._work = asyncio.Event()
+        self._task = asyncio.create_task(self._write(), name="journal")
+
+    def add(self, batch: Batch, settled: Callable[[Exception | None], None]) -> None:
+        """Write a batch after all before it; `settled` is called when it is durable, or with why it never will be."""
+        self._entries.append(_Entry(batch, settled))
+        self._work.set()
+
+    async def flush(self) -> None:
+        """Wait until everything added so far is settled."""
+        settled = asyncio.Event()
+        self._entries.append(_Entry(None, lambda _: settled.set()))
+        self._work.set()
+        await settled.wait()
+
+    async def close(self, patience_s: float) -> None:
+        """Write what is left, unless the store takes nothing for so long, and stop."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self.flush()
+        except TimeoutError:
+            log.error("events were not written", entries=len(self._entries))
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _write(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._entries:
+                entries = self._entries[:AT_ONCE]
+                try:
+                    failures = iter(await self._store.append_many([entry.batch for entry in entries if entry.batch]))
+                except RequestError as error:
+                    log.error("events cannot be written yet", error=str(error), entries=len(self._entries))
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                del self._entries[: len(entries)]
+                for entry in entries:
+                    entry.settled(next(failures) if entry.batch else None)
