@@ -609,6 +609,9 @@ def _job_token(page_token: str) -> tuple[datetime, str] | None:
         return None
     time, _, name = last.partition(" ")
     try:
-        return datetime.fromisoformat(time).astimezone(UTC), name.removeprefix("jobs/")
+        there = datetime.fromisoformat(time)
+        if there.tzinfo is None:
+            raise ValueError("without a zone")
+        return there.astimezone(UTC), name.removeprefix("jobs/")
     except (ValueError, OverflowError) as error:
         raise InvalidField("page_token", NO_TOKEN) from error

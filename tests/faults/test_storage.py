@@ -50,7 +50,8 @@ async def download(client: Caller, name: str) -> bytes:
 
 def checkpoints(data: Path, name: str) -> list[Path]:
     """Return the files of a job's checkpoints."""
-    return list((data / "objects" / "checkpoints" / name.removeprefix("jobs/")).glob("[0-9]*-*[0-9]"))
+    folder = data / "objects" / "checkpoints" / name.removeprefix("jobs/")
+    return [file for file in folder.glob("[0-9]*-*[0-9]") if "#" not in file.name]  # which is still being written
 
 
 def fill(disk: Path) -> Path:

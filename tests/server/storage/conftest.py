@@ -43,7 +43,7 @@ def postgresql() -> Iterator[Callable[..., None]]:
     if ROOT:
         shutil.chown(folder, "postgres")
     # Not subprocess's own `user`, which forks this process, and with it gRPC's threads.
-    prefix = ["runuser", "-u", "postgres", "--"] if ROOT else []
+    prefix = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if ROOT else []
 
     def run(name: str, *arguments: str) -> None:
         command = [*prefix, postgresql_program(name), *arguments]
