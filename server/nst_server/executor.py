@@ -207,12 +207,13 @@ class ProcessExecutor:
             return
         self._process = self._connection = None  # and so their files are closed
         self._gone.set()
-        starting = self._ready is not None and not self._ready.done()
+        ready = self._ready  # anything but well done, and whoever starts the process knows what to do
+        served = ready is not None and ready.done() and not ready.cancelled() and ready.exception() is None
         self._settle_ready(ExecutorUnavailable(f"the worker process on {self.device} ended while starting: {how}"))
         if self._running is not None and not self._running.ending.done():
             text = f"the worker process on {self.device} ended in the middle of the job: {how}. Try again"
             self._running.ending.set_result(Failed(self._running.task.id, "WORKER_DIED", text))
-        if not (self._closing or starting):
+        if served and not self._closing:
             log.warning("worker died", device=self.device, how=how)
             self._replacing = asyncio.get_running_loop().create_task(self._replace())
 

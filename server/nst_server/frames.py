@@ -135,9 +135,10 @@ class Spooled:
         self._file = file
         self._wake = wake
         self._last = -1
-        self._coming: asyncio.Queue[Picture] = asyncio.Queue()
+        self._coming: asyncio.Queue[tuple[Picture, int]] = asyncio.Queue()  # with what was left out before it
         self._kept: collections.deque[tuple[EncodedImage, int, int, int, int]] = collections.deque()
-        self._skipped = 0
+        self._skipped = 0  # since the last that is coming
+        self._lost = 0  # since the last that was shown
         self._end = 0
         self._ahead_bytes = 0
         self._using = threading.Lock()
@@ -148,28 +149,35 @@ class Spooled:
         if _is_due(picture, self._preview) and picture.iteration > self._last:
             self._skipped += (picture.iteration - self._last) // self._preview.interval - 1 if self._last >= 0 else 0
             self._last = picture.iteration
-            if self._ahead_bytes > MAX_AHEAD_BYTES:
+            if self._ahead_bytes + picture.bytes > MAX_AHEAD_BYTES:
                 self._skipped += 1
                 return
             self._ahead_bytes += picture.bytes
-            self._coming.put_nowait(picture)
+            self._coming.put_nowait((picture, self._skipped))
+            self._skipped = 0
 
     async def due(self, told: int, *, ending: bool = False) -> Frame | None:
         """Return the oldest frame that was not shown; see Frames."""
         if ending:
             await self._coming.join()
-        if not self._kept or self._kept[0][1] > told:
-            return None
+        while self._kept and self._kept[0][1] <= told:
+            if frame := await self._first():
+                return frame
+        return None
+
+    async def _first(self) -> Frame | None:
+        """Take the oldest frame out of the file; None if it cannot be read any more."""
         image, iteration, skipped, start, length = self._kept[0]
         try:
             data = await asyncio.to_thread(self._read, start, length)
         except OSError as error:
             log.warning("frame not read", iteration=iteration, error=str(error))
-            self._kept.popleft()
-            self._skipped += 1 + skipped
+            self._lost += 1 + skipped
             return None
-        self._kept.popleft()
-        return Frame(EncodedImage(data, image.format, image.width, image.height), iteration, skipped)
+        finally:
+            self._kept.popleft()
+        lost, self._lost = self._lost, 0
+        return Frame(EncodedImage(data, image.format, image.width, image.height), iteration, skipped + lost)
 
     def close(self) -> None:
         """Drop the file; see Frames."""
@@ -178,20 +186,22 @@ class Spooled:
             self._file.close()
 
     async def _spool(self) -> None:
+        failed = 0
         while True:
-            picture = await self._coming.get()
+            picture, skipped = await self._coming.get()
+            skipped += failed
             try:
                 image = await picture.encoded(self._preview)
                 start = self._end if self._kept else 0  # once all is read the file's space is used again
                 await asyncio.to_thread(self._write, start, image.data)
             except Exception as error:  # whatever it is, the stream goes on without that frame
-                self._skipped += 1
+                failed = skipped + 1
                 log.warning("frame not kept", iteration=picture.iteration, error=str(error))
             else:
                 bare = EncodedImage(b"", image.format, image.width, image.height)
                 self._end = start + len(image.data)
-                self._kept.append((bare, picture.iteration, self._skipped, start, len(image.data)))
-                self._skipped = 0
+                self._kept.append((bare, picture.iteration, skipped, start, len(image.data)))
+                failed = 0
             self._ahead_bytes -= picture.bytes
             self._coming.task_done()
             self._wake()

@@ -248,6 +248,8 @@ class Ledger:
 
 
 def _id(name: str) -> str:
+    if "\0" in name:  # PostgreSQL takes no such text
+        raise NotFound("name", f"there is no job {name!r}")
     return name.removeprefix("jobs/")
 
 

@@ -141,4 +141,6 @@ class Library:
 
 
 def _id(name: str) -> str:
+    if "\0" in name:  # PostgreSQL takes no such text
+        raise NotFound("name", f"there is no upload {name!r}")
     return name.removeprefix("uploads/")

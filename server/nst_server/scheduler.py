@@ -244,7 +244,7 @@ class Scheduler:
 
         Returns what is done when that cannot be forgotten any more, None if it cannot. Raises QueueFull or Stopping.
         """
-        if job.name in self._endings or job.now.finishing:
+        if job.name in self._endings:
             return None
         if run := self._running.get(job.name):
             run.order(Finish(job.name))
@@ -253,7 +253,8 @@ class Scheduler:
                 return run.begun
         else:
             self.resume(job)
-        job.finishing()
+        if not job.now.finishing:
+            job.finishing()
         return None
 
     def steer(self, job: Job, options: StylizeOptions, changes: Mapping[str, Any]) -> asyncio.Future[None] | None:
@@ -296,25 +297,24 @@ class Scheduler:
         """
         self._stopping = True
         suspend_s = min(SUSPEND_S, grace_s / 2)
-        # Not the loops that wait for a worker or prepare a style: nobody waits for what they do.
-        if busy := [self._loops[run.executor] for run in self._running.values()]:
+        if busy := self._busy():
             await asyncio.wait(busy, timeout=grace_s - suspend_s)
         for run in self._running.values():
             run.order(Suspend(run.job.name))
-        if busy := [self._loops[run.executor] for run in self._running.values()]:
+        if busy := self._busy():
             await asyncio.wait(busy, timeout=suspend_s)
-        for loop in self._loops.values():
-            loop.cancel()
-        if self._endings:  # which wait where nothing can be kept
-            await asyncio.wait(self._endings.values(), timeout=suspend_s)
-            for ending in self._endings.values():
-                ending.cancel()
+        for task in (*self._loops.values(), *self._endings.values()):
+            task.cancel()
         await asyncio.gather(*self._loops.values(), *self._endings.values(), return_exceptions=True)
         for run in self._running.values():  # its worker did not answer: the last checkpoint must do
             if not (run.job.gone or run.job.state.terminal):
                 self._break_off(run)
             run.end()
         self._running.clear()
+
+    def _busy(self) -> list[asyncio.Task[None]]:
+        """Return what works on jobs: not the loops that wait for a worker or prepare a style."""
+        return [*(self._loops[run.executor] for run in self._running.values()), *self._endings.values()]
 
     async def _serve(self, executor: Executor) -> None:
         while not self._stopping:
@@ -353,6 +353,7 @@ class Scheduler:
         if not self._stopping or ending is not None:
             self._running.pop(job.name, None)
         if ending is None:
+            run.end()
             return
         self._typical_s += 0.3 * (time.monotonic() - began - self._typical_s)
         self._end(run, ending)
@@ -408,7 +409,7 @@ class Scheduler:
         if run.state is JobState.CANCELLED:
             job.cancelled()
             return
-        if run.finish and not run.begun.done():
+        if run.finish and not job.now.finishing:
             job.finishing()
         if run.options:
             job.steered(run.options[-1][0])
@@ -472,7 +473,7 @@ class Scheduler:
             case Started():
                 job.started(run.executor.device, message.precision)
                 log.info("job started", job=job.name, device=run.executor.device, attempt=job.now.attempt)
-                if run.finish:
+                if run.finish and not job.now.finishing:
                     job.finishing()
                 elif job.now.finishing:
                     run.order(Finish(job.name))

@@ -218,6 +218,39 @@ async def test_what_a_job_was_told_last_holds_for_its_next_attempt(serve: Serve,
             assert style == pytest.approx(options.tv_weight * progress.tv_loss, rel=1e-3, abs=1e-5)
 
 
+async def test_machines_take_turns(serve: Serve, ask: Ask) -> None:
+    """A job from another address goes before the second of the one that has filled the queue."""
+    server, _ = await serve()
+    port = server.address.rpartition(":")[2]
+    one, other = Caller(f"127.0.0.1:{port}"), Caller(f"[::1]:{port}")
+    running = await create(one, ask(**FOREVER))
+    await in_state(one, running.name, RUNNING)
+    first, second = [await create(one, ask(**FOREVER)) for _ in range(2)]
+    late = await create(other, ask(**FOREVER))
+    places = [(await get(other, job.name)).queue_position for job in (first, late, second)]
+    assert places == [0, 1, 2]
+    for client in (one, other):
+        await client.channel.close()
+
+
+async def test_a_paused_job_may_be_given_fewer_iterations_than_it_has_made(caller: Caller, ask: Ask) -> None:
+    """Resumed it ends at once, with the best picture it has made."""
+    job = await create(caller, ask(**(FOREVER | {"size_px": 48})))
+    watching = asyncio.create_task(watched(caller, job.name))
+    await has_begun(caller, job.name)
+    await asyncio.sleep(0.5)
+    paused = await update(caller, job.name, paused=True)
+    made = paused.progress.iteration
+    assert made > 5
+    await update(caller, job.name, options={"iterations": 5})
+    await update(caller, job.name, paused=False)
+    told = await asyncio.wait_for(watching, 30)
+    assert told.job.state == SUCCEEDED
+    assert told.job.result.stop_reason == job_pb2.STOP_REASON_ITERATIONS
+    assert 0 < told.job.result.iteration <= made
+    assert told.progress[-1].iteration == made
+
+
 async def test_cancel_follows_pause_at_once(caller: Caller, ask: Ask) -> None:
     """Whatever its worker is at, both are answered, and it ends."""
     for delay_s in (0, 0.002, 0.01):
@@ -533,6 +566,8 @@ async def test_a_dead_servers_jobs_are_taken_over(
     (first, here), (_, there) = await two(serve, store, tmp_path)
     running = await create(here, ask(iterations=400, size_px=96))
     waiting = await create(here, ask())
+    paused = await create(here, ask())
+    await update(here, paused.name, paused=True)
     cut_off = asyncio.create_task(here.refusal(watched(here, running.name)))
     follower = asyncio.create_task(watched(there, running.name))
     await has_begun(there, running.name)
@@ -547,6 +582,15 @@ async def test_a_dead_servers_jobs_are_taken_over(
     refusal: Refusal = await asyncio.wait_for(cut_off, 10)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "JOB_MOVED")
     assert refusal.retry_s
+    # Nothing that the dead one still believes, or tidies up, does any harm.
+    refusal = await here.refusal(cancel(here, paused.name))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "JOB_MOVED")
+    assert (await get(there, paused.name)).state == PAUSED
+    assert (await update(there, paused.name, paused=False)).state in (QUEUED, RUNNING)
+    for job in (running, waiting, paused):
+        await in_state(here, job.name, SUCCEEDED)
+    undisturbed = await there.told(ask(iterations=400, size_px=96))
+    assert (undisturbed.pixels == told.pixels).all()
 
 
 def _dies(server: Server) -> None:

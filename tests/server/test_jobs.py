@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import threading
 import time
 from typing import Any
 
@@ -216,6 +217,58 @@ async def test_a_frame_that_cannot_be_kept_is_counted(job: Job, ledger: MemoryLe
     frames = [event.payload for event in [event async for event in watching] if isinstance(event.payload, Frame)]
     assert [(frame.iteration, frame.skipped) for frame in frames] == [(3, 3), (4, 0)]
     assert disk.closed
+
+
+async def test_a_frame_that_cannot_be_read_is_counted(job: Job, ledger: MemoryLedger) -> None:
+    """The stream goes on with the next one, which tells how many are missing."""
+
+    class Worn(io.BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.reads += 1
+            if self.reads in (1, 2, 4):
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    ledger.spool = Worn  # type: ignore[method-assign]
+    watching = job.watch(dataclasses.replace(EVERY, every_frame=True))
+    await anext(watching)
+    for iteration in range(6):
+        iterated(job, iteration)
+    finished(job, 5)
+    events = [event async for event in watching]
+    frames = [event.payload for event in events if isinstance(event.payload, Frame)]
+    assert [(frame.iteration, frame.skipped) for frame in frames] == [(2, 2), (4, 1), (5, 0)]
+    assert isinstance(events[-2].payload, Finished)
+
+
+async def test_pictures_that_wait_to_be_encoded_are_bounded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are too many are left out, and counted where they are missing."""
+    monkeypatch.setattr("nst_server.frames.MAX_AHEAD_BYTES", 3 * 16 * 24 * 3)
+    may_encode = threading.Event()
+    original = images.encode
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        may_encode.wait(10)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(images, "encode", held)
+    watching = job.watch(dataclasses.replace(EVERY, every_frame=True))
+    await anext(watching)
+    for iteration in range(8):
+        iterated(job, iteration)
+        await asyncio.sleep(0)
+    may_encode.set()
+    frames = []
+    while len(frames) < 3:
+        event = await anext(watching)
+        if isinstance(event.payload, Frame):
+            frames.append(event.payload)
+    iterated(job, 8)
+    finished(job, 8)
+    frames += [event.payload for event in [event async for event in watching] if isinstance(event.payload, Frame)]
+    assert [(frame.iteration, frame.skipped) for frame in frames] == [(0, 0), (1, 0), (2, 0), (8, 5)]
 
 
 async def test_a_slow_watcher_gets_the_newest_picture_and_the_count_of_the_others(job: Job) -> None:

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from nst_model import StylizeOptions
-from nst_server.errors import QueueFull, Stopping, StorageFull, StorageReadOnly
+from nst_server.errors import Moved, QueueFull, Stopping, StorageFull, StorageReadOnly
 from nst_server.images import Encoding, ImageFormat
 from nst_server.jobs import Job, JobState, StateChanged
 from nst_server.messages import (
@@ -587,6 +587,48 @@ async def test_enough_is_not_forgotten_by_a_job_that_was_about_to_pause(schedule
     assert job.state == "running"
     assert hand.orders[-1] == Finish(job.name)
     hand.done()
+
+
+async def test_enough_sends_a_paused_job_on(scheduler: Queue) -> None:
+    """One that was told to finish and then paused, too: told again, it goes on and finishes."""
+    hand = Held()
+    job = submitted(scheduler)
+    scheduler.finish(job)
+    scheduler.pause(job)
+    assert (job.state, job.now.finishing) == ("paused", True)
+    scheduler.finish(job)
+    scheduler.add(hand)
+    await settled()
+    assert (job.state, hand.orders) == ("running", [Finish(job.name)])
+    hand.done()
+    await settled()
+    assert job.state == "succeeded"
+
+
+async def test_whoever_waits_for_a_job_that_was_taken_is_answered(
+    scheduler: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change and a pause that came while its attempt was being stored, which another server had made already."""
+    may_go_on = asyncio.Event()
+
+    async def attempt(job: Job) -> bool:
+        await may_go_on.wait()
+        job.lost(Moved("taken"))
+        return False
+
+    monkeypatch.setattr(scheduler.ledger, "attempt", attempt)
+    job = submitted(scheduler)
+    scheduler.add(Held())
+    await settled()
+    waits = (
+        scheduler.finish(job),
+        scheduler.steer(job, StylizeOptions(content_weight=3), {"content_weight": 3}),
+        scheduler.pause(job),
+    )
+    may_go_on.set()
+    for wait in waits:
+        assert wait is not None
+        await asyncio.wait_for(wait, 5)
 
 
 async def test_another_servers_job_is_let_go(scheduler: Queue) -> None:

@@ -17,7 +17,7 @@ import pytest
 from google.rpc import code_pb2
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
-from nst_server.executor import ProcessExecutor
+from nst_server.executor import ExecutorUnavailable, ProcessExecutor
 from nst_server.messages import WorkerConfig
 from tests.server.conftest import FOREVER, Told, tiny_settings, until
 
@@ -49,6 +49,16 @@ async def main():
 if __name__ == "__main__":
     asyncio.run(main())
 """
+
+
+async def test_a_worker_that_refuses_to_start_is_not_replaced(tiny_weights_file: Path, tmp_path: Path) -> None:
+    """Whoever starts it is told why, and nothing else happens, however long it takes to give up."""
+    executor = ProcessExecutor(WorkerConfig("abacus", 1, "vgg16", {"vgg16": tiny_weights_file}, tmp_path, 1 << 20))
+    with pytest.raises(ExecutorUnavailable, match="'abacus' is no device"):
+        await executor.start()
+    await until(lambda: executor.pid is None)
+    assert executor._replacing is None
+    await executor.close()
 
 
 async def test_a_killed_workers_job_goes_on_at_once(serve: Callable[..., Any], ask: Ask) -> None:
