@@ -1,11 +1,17 @@
 """The descent: an optimizer on a scripted objective, scale after scale, as a sequence of iterates.
 
+An evaluation of the objective and the step that follows it are launched together and need nothing from the host. What
+the host wants to know of them, a few numbers, it reads later: on a GPU while the next evaluation is being computed.
+
 Pictures are (3, H, W), RGB, fp32, nominally in [0, 1]; iterates of L-BFGS may leave that range a little: to clip them
 would break the curvature pairs.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,6 +37,12 @@ FALLBACK_RATE = 0.005
 """Adam's step size then, in units of the picture's range: the picture is nearly finished."""
 MAX_RESTARTS = 6
 """Restarts without a better picture after which the run ends."""
+AHEAD: Mapping[str, int] = {"cuda": 1}
+"""Evaluations that are launched before the numbers of the last one are read, by the kind of device; 0 elsewhere.
+
+Whatever the number, the iterates are the same. What has been launched in vain, when an iterate turns out to be a
+reason to go on from elsewhere, is dropped.
+"""
 
 
 class StopReason(StrEnum):
@@ -138,7 +150,8 @@ class Descent:
         self._stop = stop
         self._pixels = list(pixels)
         self._budgets = budgets(options, len(pixels))
-        self._index = 0
+        self._index = 0  # of the next iterate
+        self._ahead: collections.deque[_Evaluation] = collections.deque()  # those after it that are launched already
         self._optimizer: LBFGS | Adam | None = None
         self._watch: _Watch | None = None  # of the scale that is being worked on
         self._average = _Average(options.averaging)
@@ -168,7 +181,7 @@ class Descent:
     def begin(self, start: Tensor) -> None:
         """Begin the next scale from its first picture, (1, 3, H, W)."""
         self._optimizer = self._optimizer_for(start, self._budgets[self.scale])
-        self._watch = _Watch(self._optimizer)
+        self._watch = _Watch(self._optimizer.x.clone())
         self._average = _Average(self._options.averaging)
 
     def steer(self, options: StylizeOptions, *, anew: bool) -> None:
@@ -182,8 +195,10 @@ class Descent:
             self.closure = None
         if self.at_work and anew:
             self._before = self.best
+            self._at.x.copy_(self._point)
             self._at.forget()
-            self._watch = _Watch(self._at)
+            self._ahead.clear()
+            self._watch = _Watch(self._at.x.clone())
         self._options = options
 
     def iterates(self, shown: Callable[[Tensor], Tensor] = lambda picture: picture) -> Iterator[Iterate]:
@@ -191,19 +206,20 @@ class Descent:
 
         When the scale is done, `scale` is the next one and `picture` what to begin it with; not so if `stop` was set.
         """
-        while self._index < self._end(self.scale) + self._final and self._watch_now.hopeful:
+        while self._wanted(self._index) and self._watch_now.hopeful:
             if self._stop is not None and self._stop.is_set():
                 return
-            iterate, products = self._evaluate()
+            evaluation = self._next_evaluation()
+            iterate = self._read(evaluation)
             self._index += 1
             if iterate is None:
                 self._watch_now.verdict = StopReason.DIVERGED
-                self._optimizer = self._watch_now.failed(self._at)
+                self._recover()
                 continue
             iterate = replace(iterate, picture=shown(self._average.of(iterate.picture)))
             self._latest = iterate
-            stalled = self._watch_now.stalled(iterate, self._at.x)
-            converged = products[-1] == 0  # the squared norm of the gradient
+            stalled = self._watch_now.stalled(iterate, evaluation.x)
+            converged = evaluation.numbers.values[-1] == 0  # the squared norm of the gradient
             if self._final and (converged or iterate.index == self._end(self.scale)):
                 reason = StopReason.CONVERGED if converged else StopReason.ITERATIONS
                 self.over = True
@@ -214,11 +230,27 @@ class Descent:
                 self._watch_now.converged = True
                 self._index = self._end(self.scale)
             elif stalled:
-                self._optimizer = self._watch_now.failed(self._at)
-            else:
-                self._at.step(products, iterate.loss)
+                self._recover()
             yield iterate
         yield from self._leave_scale()
+
+    def _next_evaluation(self) -> _Evaluation:
+        """Return the evaluation of the next iterate, having launched as many of the following as shall be."""
+        assert self.closure is not None, "set the closure before the iterates"
+        most = 1 + AHEAD.get(self._at.x.device.type, 0)
+        while len(self._ahead) < most and (not self._ahead or self._wanted(self._index + len(self._ahead))):
+            x = self._at.x.clone()
+            self._ahead.append(_Evaluation(x, _Numbers(launch(self.closure, self._at))))
+        return self._ahead.popleft()
+
+    def _wanted(self, index: int) -> bool:
+        """Return whether there shall be an iterate of that index at this scale."""
+        return index < self._end(self.scale) + self._final
+
+    def _recover(self) -> None:
+        """Go on from the best picture."""
+        self._ahead.clear()
+        self._optimizer = self._watch_now.failed(self._at)
 
     def _leave_scale(self) -> Iterator[Iterate]:
         watch = self._watch_now
@@ -231,7 +263,8 @@ class Descent:
             yield replace(best, work=1.0, stop_reason=reason)
             return
         early = watch.converged or not watch.hopeful
-        self.picture = watch.best_x if early or watch.failures else self._at.x
+        self.picture = watch.best_x if early or watch.failures else self._point.clone()
+        self._ahead.clear()
         self._index = self._end(self.scale)
         self._before, self._watch, self.closure = best, None, None
         self.scale += 1
@@ -239,13 +272,15 @@ class Descent:
     def state(self) -> State:
         """Return what `restore` needs to go on exactly, after an iterate. No tensor in it is modified later."""
         watch, optimizer = self._watch_now, self._at
-        tensors, optimizing = optimizer.state()
-        tensors = {f"optimizer.{name}": tensor for name, tensor in tensors.items()} | {"best_x": watch.best_x}
+        tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
+        tensors |= {f"ahead.{place}": evaluation.x for place, evaluation in enumerate(self._ahead)}
+        tensors["best_x"] = watch.best_x
         values = {
             "scale": self.scale,
             "index": self._index,
             "budgets": list(self._budgets),
-            "optimizer": {"kind": _kind(optimizer).value, **optimizing},
+            "optimizer": _kind(optimizer).value,
+            "ahead": [evaluation.numbers.values for evaluation in self._ahead],
             "watch": watch.state(),
             "average": self._average.weight,
         }
@@ -265,17 +300,19 @@ class Descent:
             for name in ("best", "before", "latest")
             if name in values
         }
-        tensors = {
+        optimizing = {
             name.removeprefix("optimizer."): tensor
             for name, tensor in state.tensors.items()
             if name.startswith("optimizer.")
         }
-        optimizing = dict(values["optimizer"])
-        kind = LBFGS if optimizing.pop("kind") == Optimizer.LBFGS else Adam
         self.scale, self._index, self._budgets = values["scale"], values["index"], list(values["budgets"])
-        self._optimizer = kind.restore(tensors, optimizing)
-        self._watch = _Watch(self._optimizer)
-        self._watch.restore(values["watch"], known.get("best"), state.tensors["best_x"])
+        self._optimizer = _restored(Optimizer(values["optimizer"]), optimizing)
+        self._ahead.extend(
+            _Evaluation(state.tensors[f"ahead.{place}"], _Numbers(torch.tensor(numbers, dtype=torch.float64)))
+            for place, numbers in enumerate(values["ahead"])
+        )
+        self._watch = _Watch(state.tensors["best_x"])
+        self._watch.restore(values["watch"], known.get("best"))
         self._average = _Average(self._options.averaging, state.tensors.get("average"), values["average"])
         self._before, self._latest = known.get("before"), known.get("latest")
 
@@ -287,6 +324,11 @@ class Descent:
     def _watch_now(self) -> _Watch:
         assert self._watch is not None, "begin a scale before its iterates"
         return self._watch
+
+    @property
+    def _point(self) -> Tensor:
+        """Where the next iterate will be, (1, 3, H, W)."""
+        return self._ahead[0].x if self._ahead else self._at.x
 
     @property
     def _at(self) -> LBFGS | Adam:
@@ -310,22 +352,56 @@ class Descent:
             return Adam(start, self._options.learning_rate)
         return LBFGS(start, min(self._options.history, budget))
 
-    def _evaluate(self) -> tuple[Iterate | None, np.ndarray]:
-        """Evaluate the objective once; return the iterate, None if it is not finite, and the optimizer's products."""
+    def _read(self, evaluation: _Evaluation) -> Iterate | None:
+        """Return the next iterate, None if it is not finite."""
         assert self.closure is not None, "set the closure before the iterates"
-        optimizer = self._at
-        losses, gradient = self.closure(optimizer.x)
-        # Everything that the host wants to know crosses at once: one synchronization an iteration.
-        scalars = torch.stack((losses.total, losses.content, losses.variation, losses.laplacian))
-        values = torch.cat((scalars, losses.style, optimizer.observe(gradient))).cpu().double().numpy()
-        count = len(scalars) + len(losses.style)
-        products = values[count:]
-        if not np.isfinite(values).all():
-            return None, products
-        total, content, variation, laplacian = values[: len(scalars)].tolist()
-        styles = dict(zip(self.closure.style_layers, values[len(scalars) : count].tolist(), strict=True))
+        values = evaluation.numbers.values
+        if not all(map(math.isfinite, values)):
+            return None
+        total, content, variation, laplacian, *rest = values
+        styles = dict(zip(self.closure.style_layers, rest[:-1], strict=True))
         index, iterations, work = self._index, sum(self._budgets), self._work(self._index)
-        return Iterate(index, iterations, work, optimizer.x[0], total, content, variation, laplacian, styles), products
+        return Iterate(index, iterations, work, evaluation.x[0], total, content, variation, laplacian, styles)
+
+
+def launch(closure: Closure, optimizer: LBFGS | Adam) -> Tensor:
+    """Evaluate the objective where the optimizer is, and let it step; return what the host may want to know of it.
+
+    That is one vector on the device: the losses, in the order of `Iterate`, and the gradient's squared norm. Nothing
+    waits for the device.
+    """
+    losses, gradient = closure(optimizer.x)
+    optimizer.step(gradient, losses.total)
+    scalars = torch.stack((losses.total, losses.content, losses.variation, losses.laplacian))
+    return torch.cat((scalars, losses.style, gradient.square().sum()[None]))
+
+
+class _Numbers:
+    """A vector on its way from the device."""
+
+    def __init__(self, vector: Tensor) -> None:
+        self._vector = vector
+        self._there: torch.cuda.Event | None = None
+        if vector.is_cuda:
+            self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._vector.copy_(vector, non_blocking=True)
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record()
+
+    @functools.cached_property
+    def values(self) -> list[float]:
+        """The numbers; the first call waits for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        return [float(value) for value in self._vector.tolist()]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """One that has been launched: the point (1, 3, H, W), a copy, and what is known of it."""
+
+    x: Tensor
+    numbers: _Numbers
 
 
 def budgets(options: StylizeOptions, scales: int) -> list[int]:
@@ -339,15 +415,15 @@ class _Watch:
 
     Attributes:
         best: the best iterate, None before the first.
-        best_x: the optimizer's point there.
+        best_x: the optimizer's point there; where it began before the first.
         failures: restarts since.
         verdict: what to call it if the run ends with them.
         converged: whether there is nowhere to go from here.
     """
 
-    def __init__(self, optimizer: LBFGS | Adam) -> None:
+    def __init__(self, start: Tensor) -> None:
         self.best: Iterate | None = None
-        self.best_x = optimizer.x
+        self.best_x = start
         self.failures = 0
         self.verdict = StopReason.DIVERGED
         self.converged = False
@@ -362,9 +438,9 @@ class _Watch:
             "since_best": self._since_best,
         }
 
-    def restore(self, values: Mapping[str, Any], best: Iterate | None, best_x: Tensor) -> None:
+    def restore(self, values: Mapping[str, Any], best: Iterate | None) -> None:
         """Remember what another watch knew."""
-        self.best, self.best_x = best, best_x
+        self.best = best
         self.failures, self.converged = values["failures"], values["converged"]
         self.verdict = StopReason(values["verdict"])
         self._since_best = values["since_best"]
@@ -409,6 +485,17 @@ class _Average:
         self.sum = self._decay * before + (1 - self._decay) * picture
         self.weight = self._decay * self.weight + 1 - self._decay
         return self.sum / self.weight
+
+
+def _restored(kind: Optimizer, state: Mapping[str, Tensor]) -> LBFGS | Adam:
+    """Return the optimizer that `state` was of, on the device of its tensors."""
+    optimizer: LBFGS | Adam
+    if kind is Optimizer.LBFGS:
+        optimizer = LBFGS(state["x"], len(state["inverse"]), stored=state["pairs"].dtype)
+    else:
+        optimizer = Adam(state["x"], 0.0)
+    optimizer.restore(state)
+    return optimizer
 
 
 def _kind(optimizer: LBFGS | Adam) -> Optimizer:

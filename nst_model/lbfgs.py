@@ -1,26 +1,33 @@
-"""L-BFGS (Liu and Nocedal, 1989) with one evaluation an iteration, as a sequence of points.
+"""L-BFGS (Liu and Nocedal, 1989) with one evaluation an iteration, as a sequence of points, all of it on the device.
 
 Symbols, as in Nocedal and Wright (2006), chapter 7: point x, gradient g, m remembered pairs s = x' - x and y = g' - g,
-ρ = 1 / sᵀy, initial inverse Hessian γ·I, search direction d = -H·g. n is the number of unknowns.
+initial inverse Hessian H₀ = γ·I, search direction d = -H·g. n is the number of unknowns. S and Y are (m, n), a pair in
+each row; a row that is not in use is zero.
+
+The two-loop recursion (algorithm 7.4) in matrices. By age, R is the upper triangle of S·Yᵀ and D its diagonal:
+
+    R·α = S·g        q = g - Yᵀ·α        r = H₀·q        Rᵀ·δ = D·α - Y·r        d = -(r + Sᵀ·δ)
+
+α is the first loop's, δ is what the second loop adds, α - β. What is kept is not R but its inverse: a new pair adds a
+column to it, and the oldest one takes its row and its column away with it, for the inverse of a triangle's corner is
+the corner of its inverse. So no order by age is needed: pairs lie in a ring. S·y, the new column of R, is the
+difference of two S·g. Each iteration is the same four products, half a pass over the memory each, without a number
+that the host would have to wait for, and without a decision that it would have to take: where there are two branches
+both are computed, and the device chooses.
 
 Two departures from the textbook, both for this problem:
 
-- The two-loop recursion runs on inner products only (Chen, Wang and Zhou, 2014, "Large-scale L-BFGS using
-  MapReduce"): d is a linear combination of the s, y and g, and its coefficients need nothing but their mutual inner
-  products. So the device does one matrix product over the history to get the new products and one to form d, and
-  passes one small vector to the host for each iteration, where `torch.optim.LBFGS` passes two numbers a pair.
 - No line search, which would cost evaluations, but a cap on the step's root mean square. The unknowns are pixels in
   [0, 1], so the cap has a meaning: no step moves the picture by more than 5 % of its range. It removes the overshoot
   of the first iterations, when γ comes from a single pair. A step that overshoots all the same is backed up from.
+- A pair's curvature must be positive relative to yᵀy, where `torch.optim.LBFGS` asks for an absolute 1e-10.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,159 +46,180 @@ BACK = 0.25
 MIN_CURVATURE = 1e-10
 """Pairs with sᵀy ≤ this times yᵀy are left out: they would make H indefinite."""
 
+BLOCK = 4096
+"""Columns of the memory that are worked on at once, where that is better than all of them."""
+
 
 class LBFGS:
     """The memory of one minimization: what a checkpoint needs to go on exactly.
 
-    Each iteration calls `observe` with the gradient at `x`, carries the returned products to the host (along with
-    whatever else it wants from there) and calls `step` with them and the objective, which moves `x`.
-
     Args:
-        start: first x, any shape, fp32. Not modified.
-        history: m, the number of pairs remembered. They take 2·m·n·4 bytes.
+        start: first x, any shape, fp32 or float64. Not modified.
+        history: m, the number of pairs remembered.
+        stored: what pairs are kept in: bf16 takes half the memory of fp32. `start`'s own type if None.
+        first_step_rms: root mean square of the first step, in units of the unknowns.
+        max_step_rms: cap on that of later steps; infinite for none.
+        overshoot: a step that multiplies the loss by more than this is backed up from; infinite for never.
 
     Attributes:
-        x: the current point, of `start`'s shape. Replaced by each step, never modified in place.
-        max_step_rms: cap on the root mean square of a step, in units of the unknowns.
+        x: the current point, of `start`'s shape, in the same memory always: copy what you want to keep.
     """
 
-    def __init__(self, start: Tensor, history: int) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        history: int,
+        *,
+        stored: torch.dtype | None = None,
+        first_step_rms: float = FIRST_STEP_RMS,
+        max_step_rms: float = MAX_STEP_RMS,
+        overshoot: float = OVERSHOOT,
+    ) -> None:
+        n, device = start.numel(), start.device
+        self._first_step_rms, self._overshoot = first_step_rms, overshoot
         self.x = start.detach().clone()
-        self.max_step_rms = MAX_STEP_RMS
-        # Pair i is row i: s first, then y. Zeros and not empty: 0 · garbage may be NaN.
-        self._pairs = torch.zeros((history, 2, start.numel()), dtype=start.dtype, device=start.device)
-        self._sy = np.zeros((history, history))  # s_i · y_j for i not newer than j
-        self._yy = np.zeros((history, history))
-        self._slots: list[int] = []  # rows in use, oldest pair first
-        self._candidate: int | None = None  # row of the pair that the next gradient completes
-        self._g: Tensor | None = None
-        self._g_before: Tensor | None = None
-        self._loss = math.inf  # at the point that the last step was made from
+        self._s, self._g = (torch.zeros(n, dtype=start.dtype, device=device) for _ in range(2))
+        # Zeros and not empty: 0 · garbage may be NaN.
+        self._pairs = torch.zeros((2, history, n), dtype=stored or start.dtype, device=device)
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._inverse = torch.zeros((history, history), dtype=exact, device=device)
+        self._curvature = torch.zeros(history, dtype=exact, device=device)
+        self._sg = torch.zeros(history, dtype=exact, device=device)
+        self._gamma = torch.ones((), dtype=exact, device=device)
+        self._loss = torch.full((), math.inf, dtype=exact, device=device)
+        self._cap = torch.full((), max_step_rms, dtype=exact, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._taken = torch.zeros((), dtype=torch.bool, device=device)
+        self._slots = torch.arange(history, device=device)
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps a quarter as long: what to do after a step led nowhere."""
         self.forget()
-        self.x = x
-        self.max_step_rms /= 4
+        self.x.copy_(x)
+        self._cap /= 4
 
     def forget(self) -> None:
         """Go on from where it is, without memory: what to do when another function is minimized from now on."""
+        for name, tensor in self._tensors().items():
+            if name not in ("x", "cap"):
+                tensor.zero_()
         self._pairs.zero_()
-        self._slots.clear()
-        self._candidate = None
-        self._g = None
-        self._loss = math.inf
+        self._gamma.fill_(1.0)
+        self._loss.fill_(math.inf)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what `restore` needs to go on exactly, after a step: tensors, never modified, and numbers for JSON.
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs to go on exactly, after a step: copies, on the device.
 
-        x of `start`'s shape; pairs (rows in use, 2, n); sy and yy (m, m), float64; g (n,), absent after `restart`.
+        x: the point, of `start`'s shape.
+        pairs: (2, k, n), S and Y, the k ≤ m rows in use.
+        inverse: (m, m), R⁻¹, by rows of the ring; curvature: (m,), the diagonal of R; sg: (m,), S·g.
+        g: (n,), the gradient before the last step; s: (n,), the last step.
+        gamma, loss, cap: scalars, of which the loss is the one before the last step.
+        count: int64, pairs ever remembered, of which the last m still are; taken: bool, whether there is a last step.
         """
-        used = self._pairs[: self._rows()].clone()
-        tables = {"sy": torch.from_numpy(self._sy.copy()), "yy": torch.from_numpy(self._yy.copy())}
-        tensors = {"x": self.x, "pairs": used, **tables} | ({} if self._g is None else {"g": self._g})
-        values = {
-            "max_step_rms": self.max_step_rms,
-            "slots": list(self._slots),
-            "candidate": self._candidate,
-            "loss": self._loss,
-        }
-        return tensors, values
+        rows = min(int(self._count), self._pairs.shape[1])
+        return {name: tensor.clone() for name, tensor in {**self._tensors(), "pairs": self._pairs[:, :rows]}.items()}
 
-    @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LBFGS:
-        """Return the minimization that `state` was of, on the device of its tensors."""
-        self = cls(tensors["x"], len(tensors["sy"]))
-        self._pairs[: len(tensors["pairs"])] = tensors["pairs"]
-        self._sy, self._yy = (tensors[name].cpu().numpy().copy() for name in ("sy", "yy"))
-        self._g = tensors.get("g")
-        self.max_step_rms, self._loss = values["max_step_rms"], values["loss"]
-        self._slots, self._candidate = list(values["slots"]), values["candidate"]
-        return self
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where a minimization of as many unknowns, with as long a history, was when `state` was made."""
+        self.forget()
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+        kept = state["pairs"]
+        self._pairs[:, : kept.shape[1]] = kept
 
-    def observe(self, gradient: Tensor) -> Tensor:
-        """Return the inner products that `step` needs, one vector on the device, given the gradient at `x`."""
-        g = gradient.detach().reshape(-1)
-        newest_y = g
-        self._g_before = self._g
-        if self._candidate is not None and self._g is not None:
-            newest_y = torch.sub(g, self._g, out=self._pairs[self._candidate, 1])
-        self._g = g
-        products = self._pairs[: self._rows()].flatten(0, 1) @ torch.stack((g, newest_y)).T
-        return torch.cat((products.flatten(), g.dot(g)[None]))
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return by name all that changes, but the pairs."""
+        names = ("x", "inverse", "curvature", "sg", "g", "s", "gamma", "loss", "cap", "count", "taken")
+        return {name: self.x if name == "x" else getattr(self, f"_{name}") for name in names}
 
-    def step(self, products: np.ndarray, loss: float) -> None:
-        """Move `x` along -H·g, given what `observe` returned, as float64 on the host, and the objective at `x`.
+    def step(self, gradient: Tensor, loss: Tensor) -> None:
+        """Move `x` along -H·g, given the gradient, of its shape, and the objective at `x`, a scalar on the device.
 
         If the last step raised the objective too much, it is taken back in part instead.
         """
-        assert self._g is not None, "observe a gradient before each step"
-        if loss > OVERSHOOT * self._loss:
-            self._back_up()
-            return
-        self._loss = loss
-        table = products[:-1].reshape(-1, 2, 2)  # pair, (s, y), (g, newest y)
-        self._remember(table[:, :, 1])
-        coefficients, gamma = self._direction(table[:, :, 0])
-        d = self._g * -gamma
-        if self._slots:
-            d += torch.from_numpy(coefficients.ravel()).to(d) @ self._pairs[: len(table)].flatten(0, 1)
+        g = gradient.detach().reshape(-1)
+        loss = loss.to(self._loss)
+        back = loss > self._overshoot * self._loss
+        sg = self._remember(g, wanted=~back & self._taken)
+        d = self._direction(g, sg)
         rms = torch.linalg.vector_norm(d) / d.numel() ** 0.5
-        limit = self.max_step_rms if self._slots else min(FIRST_STEP_RMS, self.max_step_rms)
-        length = limit / rms.clamp_min(torch.finfo(d.dtype).tiny)
-        d *= length.clamp_max(1.0) if self._slots else length
-        self.x = self.x + d.view_as(self.x)
-        self._candidate = self._free_row()
-        self._pairs[self._candidate, 0] = d
+        ratio = self._cap.clamp_max(self._first_step_rms) / rms.clamp_min(torch.finfo(d.dtype).tiny)
+        length = torch.where(self._count == 0, ratio, (self._cap / rms).clamp_max(1.0))
+        forth = d.mul_(length.to(d))
+        self.x += torch.where(back, self._s * (BACK - 1), forth).view_as(self.x)
+        self._s.copy_(torch.where(back, self._s * BACK, forth))
+        self._g.copy_(torch.where(back, self._g, g))
+        self._sg.copy_(torch.where(back, self._sg, sg))
+        self._loss.copy_(torch.where(back, self._loss, loss))
+        self._taken.fill_(True)
 
-    def _back_up(self) -> None:
-        assert self._candidate is not None, "there is no step to take back"
-        s = self._pairs[self._candidate, 0]
-        self.x = self.x - ((1 - BACK) * s).view_as(self.x)
-        s *= BACK
-        self._g = self._g_before
+    def _remember(self, g: Tensor, *, wanted: Tensor) -> Tensor:
+        """Take in the pair that the gradient at `x` completes, if it is `wanted` and fit; return S·g, (m,)."""
+        pair = torch.stack((self._s, g - self._g)).to(self._pairs.dtype)
+        s, y = pair.to(g.dtype)
+        sy, yy = s.dot(y).to(self._gamma), y.dot(y).to(self._gamma)
+        taken = wanted & (sy > (MIN_CURVATURE * yy).clamp_min(torch.finfo(g.dtype).tiny))
+        slot = (self._count % len(self._slots))[None]
+        self._pairs.index_copy_(1, slot, torch.where(taken, pair[:, None], self._pairs.index_select(1, slot)))
+        sg = products(self._pairs[0], g).to(self._sg)
+        # R⁻¹ without the pair that had the slot, then with the new one, whose column of R is S·y, as its last.
+        here = (self._slots == slot) & taken
+        inverse = self._inverse.masked_fill(here[:, None] | here, 0.0)
+        above = (sg - self._sg).masked_fill(here, 0.0)
+        column = torch.where(here, 1.0, -(inverse @ above)) / sy
+        self._inverse.copy_(torch.where(here, column[:, None], inverse))
+        self._curvature.copy_(torch.where(here, sy, self._curvature))
+        self._gamma.copy_(torch.where(taken, sy / yy, self._gamma))
+        self._count += taken
+        return sg
 
-    def _rows(self) -> int:
-        """Return the number of rows up to the last one in use."""
-        return max([*self._slots, -1 if self._candidate is None else self._candidate], default=-1) + 1
+    def _direction(self, g: Tensor, sg: Tensor) -> Tensor:
+        """Return d, (n,), from what is remembered."""
+        s, y = self._pairs
+        alpha = self._inverse @ sg
+        r = (g - combined(alpha, y)).mul_(self._gamma.to(g))
+        delta = self._inverse.t() @ (self._curvature * alpha - products(y, r).to(alpha))
+        return r.add_(combined(delta, s)).neg_()
 
-    def _free_row(self) -> int:
-        capacity = len(self._pairs)
-        if len(self._slots) == capacity:
-            return self._slots.pop(0)
-        return next(row for row in range(capacity) if row not in self._slots)
 
-    def _remember(self, with_newest_y: np.ndarray) -> None:
-        new = self._candidate
-        if new is None:
-            return
-        self._candidate = None
-        sy, yy = with_newest_y[new]
-        if not sy > MIN_CURVATURE * yy:
-            return
-        self._slots.append(new)
-        rows = self._slots
-        self._sy[rows, new] = with_newest_y[rows, 0]
-        self._yy[rows, new] = self._yy[new, rows] = with_newest_y[rows, 1]
+def products(rows: Tensor, vector: Tensor) -> Tensor:
+    """Return the inner products of rows (m, n), which may be in bf16, with a vector (n,): (m,), in its type."""
+    whole = vector.numel() // BLOCK * BLOCK if rows.is_cuda or rows.dtype != vector.dtype else 0
+    if not whole:
+        return rows.to(vector.dtype) @ vector
+    blocks = rows[:, :whole].view(len(rows), -1, BLOCK).transpose(0, 1)
+    by_block = _blocks_times(blocks, vector[:whole].view(-1, BLOCK))
+    return by_block.sum(dim=0) + rows[:, whole:].to(vector.dtype) @ vector[whole:]
 
-    def _direction(self, with_g: np.ndarray) -> tuple[np.ndarray, float]:
-        """Return the coefficients of every (s, y) row in d, and γ: Nocedal and Wright, algorithm 7.4, on products."""
-        coefficients = np.zeros_like(with_g)
-        if not self._slots:
-            return coefficients, 1.0
-        rows = self._slots
-        sg, yg = with_g[rows, 0], with_g[rows, 1]
-        sy, yy = self._sy[np.ix_(rows, rows)], self._yy[np.ix_(rows, rows)]
-        rho = 1 / np.diag(sy)
-        gamma = sy[-1, -1] / yy[-1, -1]
-        k = len(rows)
-        alpha = np.zeros(k)
-        for i in reversed(range(k)):
-            alpha[i] = rho[i] * (sg[i] - sy[i, i + 1 :] @ alpha[i + 1 :])
-        y_r = gamma * (yg - yy @ alpha)
-        rest = np.zeros(k)  # α - β
-        for i in range(k):
-            rest[i] = alpha[i] - rho[i] * (y_r[i] + sy[:i, i] @ rest[:i])
-        coefficients[rows, 0] = -rest
-        coefficients[rows, 1] = gamma * alpha
-        return coefficients, float(gamma)
+
+def _blocks_times(blocks: Tensor, vectors: Tensor) -> Tensor:
+    """Return the products of blocks (b, m, BLOCK) with vectors (b, BLOCK): (b, m).
+
+    On a GPU, whose library gives a long inner product to few of its processors, they make work for all of them.
+    """
+    if blocks.dtype == vectors.dtype:
+        return torch.bmm(blocks, vectors[:, :, None])[:, :, 0]
+    if blocks.is_cuda:
+        return torch.bmm(blocks, _in_parts(vectors).permute(1, 2, 0), out_dtype=vectors.dtype).sum(dim=2)
+    return torch.stack([block.to(vectors.dtype) @ vector for block, vector in zip(blocks, vectors, strict=True)])
+
+
+def combined(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """Return the sum of rows (m, n), which may be in bf16, times their coefficients (m,): (n,), at least in fp32."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    vector = coefficients.to(dtype)
+    if rows.dtype == dtype:
+        return vector @ rows
+    if rows.is_cuda:
+        return torch.mm(_in_parts(vector), rows, out_dtype=dtype).sum(dim=0)
+    return torch.cat([vector @ few.to(dtype) for few in torch.split(rows, BLOCK, dim=1)])
+
+
+def _in_parts(values: Tensor) -> Tensor:
+    """Return numbers in bf16 whose sums over the first dimension are those given in fp32: (3, …)."""
+    parts = []
+    for _ in range(3):
+        parts.append(values.bfloat16())
+        values = values - parts[-1].float()
+    return torch.stack(parts)
