@@ -30,6 +30,7 @@ from nst_model.models import CARDS, DEFAULT_MODEL, ModelCard, model_card
 from nst_model.options import (
     Color,
     ContentLoss,
+    Curvature,
     Init,
     Optimizer,
     Padding,
@@ -68,6 +69,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "Color",
     "ContentLoss",
+    "Curvature",
     "DeviceUnavailable",
     "FeatureModel",
     "FeatureWeights",

@@ -26,7 +26,7 @@ from nst_model.adam import Adam
 from nst_model.errors import InvalidImage
 from nst_model.lbfgs import LBFGS
 from nst_model.objective import Losses, interpreted
-from nst_model.options import Optimizer, StylizeOptions
+from nst_model.options import Curvature, Optimizer, StylizeOptions
 from nst_model.state import State
 
 STALL = 12
@@ -350,7 +350,8 @@ class Descent:
             return self._optimizer.carried(start, self._options.margin_px)
         if self._options.optimizer is Optimizer.ADAM:
             return Adam(start, self._options.learning_rate)
-        return LBFGS(start, min(self._options.history, budget))
+        spectral = self._options.curvature is Curvature.SPECTRAL
+        return LBFGS(start, min(self._options.history, budget), spectral=spectral)
 
     def _read(self, evaluation: _Evaluation) -> Iterate | None:
         """Return the next iterate, None if it is not finite."""
@@ -491,7 +492,7 @@ def _restored(kind: Optimizer, state: Mapping[str, Tensor]) -> LBFGS | Adam:
     """Return the optimizer that `state` was of, on the device of its tensors."""
     optimizer: LBFGS | Adam
     if kind is Optimizer.LBFGS:
-        optimizer = LBFGS(state["x"], len(state["inverse"]), stored=state["pairs"].dtype)
+        optimizer = LBFGS(state["x"], len(state["inverse"]), stored=state["pairs"].dtype, spectral="bands" in state)
     else:
         optimizer = Adam(state["x"], 0.0)
     optimizer.restore(state)

@@ -1,8 +1,8 @@
 """L-BFGS (Liu and Nocedal, 1989) with one evaluation an iteration, as a sequence of points, all of it on the device.
 
 Symbols, as in Nocedal and Wright (2006), chapter 7: point x, gradient g, m remembered pairs s = x' - x and y = g' - g,
-initial inverse Hessian H₀ = γ·I, search direction d = -H·g. n is the number of unknowns. S and Y are (m, n), a pair in
-each row; a row that is not in use is zero.
+initial inverse Hessian H₀, which is γ·I or `Spectral`, search direction d = -H·g. n is the number of unknowns. S and Y
+are (m, n), a pair in each row; a row that is not in use is zero.
 
 The two-loop recursion (algorithm 7.4) in matrices. By age, R is the upper triangle of S·Yᵀ and D its diagonal:
 
@@ -31,6 +31,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nst_model.spectral import Spectral
+
 FIRST_STEP_RMS = 0.02
 """Root mean square of the first step, in units of the unknowns: there is no curvature yet to tell its length."""
 
@@ -57,6 +59,7 @@ class LBFGS:
         start: first x, any shape, fp32 or float64. Not modified.
         history: m, the number of pairs remembered.
         stored: what pairs are kept in: bf16 takes half the memory of fp32. `start`'s own type if None.
+        spectral: whether H₀ is `Spectral` in place of γ·I; `start` must then be a picture, (…, H, W).
         first_step_rms: root mean square of the first step, in units of the unknowns.
         max_step_rms: cap on that of later steps; infinite for none.
         overshoot: a step that multiplies the loss by more than this is backed up from; infinite for never.
@@ -71,6 +74,7 @@ class LBFGS:
         history: int,
         *,
         stored: torch.dtype | None = None,
+        spectral: bool = False,
         first_step_rms: float = FIRST_STEP_RMS,
         max_step_rms: float = MAX_STEP_RMS,
         overshoot: float = OVERSHOOT,
@@ -91,6 +95,7 @@ class LBFGS:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._taken = torch.zeros((), dtype=torch.bool, device=device)
         self._slots = torch.arange(history, device=device)
+        self._spectral = Spectral(self.x) if spectral else None
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps a quarter as long: what to do after a step led nowhere."""
@@ -115,6 +120,7 @@ class LBFGS:
         inverse: (m, m), R⁻¹, by rows of the ring; curvature: (m,), the diagonal of R; sg: (m,), S·g.
         g: (n,), the gradient before the last step; s: (n,), the last step.
         gamma, loss, cap: scalars, of which the loss is the one before the last step.
+        bands: (2, C, bands), see `Spectral.sums`; only with `spectral`.
         count: int64, pairs ever remembered, of which the last m still are; taken: bool, whether there is a last step.
         """
         rows = min(int(self._count), self._pairs.shape[1])
@@ -131,7 +137,8 @@ class LBFGS:
     def _tensors(self) -> dict[str, Tensor]:
         """Return by name all that changes, but the pairs."""
         names = ("x", "inverse", "curvature", "sg", "g", "s", "gamma", "loss", "cap", "count", "taken")
-        return {name: self.x if name == "x" else getattr(self, f"_{name}") for name in names}
+        found = {name: self.x if name == "x" else getattr(self, f"_{name}") for name in names}
+        return found if self._spectral is None else {**found, "bands": self._spectral.sums}
 
     def step(self, gradient: Tensor, loss: Tensor) -> None:
         """Move `x` along -H·g, given the gradient, of its shape, and the objective at `x`, a scalar on the device.
@@ -157,7 +164,7 @@ class LBFGS:
     def _remember(self, g: Tensor, *, wanted: Tensor) -> Tensor:
         """Take in the pair that the gradient at `x` completes, if it is `wanted` and fit; return S·g, (m,)."""
         pair = torch.stack((self._s, g - self._g)).to(self._pairs.dtype)
-        s, y = pair.to(g.dtype)
+        s, y = both = pair.to(g.dtype)
         sy, yy = s.dot(y).to(self._gamma), y.dot(y).to(self._gamma)
         taken = wanted & (sy > (MIN_CURVATURE * yy).clamp_min(torch.finfo(g.dtype).tiny))
         slot = (self._count % len(self._slots))[None]
@@ -171,6 +178,8 @@ class LBFGS:
         self._inverse.copy_(torch.where(here, column[:, None], inverse))
         self._curvature.copy_(torch.where(here, sy, self._curvature))
         self._gamma.copy_(torch.where(taken, sy / yy, self._gamma))
+        if self._spectral is not None:
+            self._spectral.learn(both, taken)
         self._count += taken
         return sg
 
@@ -178,7 +187,8 @@ class LBFGS:
         """Return d, (n,), from what is remembered."""
         s, y = self._pairs
         alpha = self._inverse @ sg
-        r = (g - combined(alpha, y)).mul_(self._gamma.to(g))
+        q = g - combined(alpha, y)
+        r = q.mul_(self._gamma.to(g)) if self._spectral is None else self._spectral.times(q, self._gamma)
         delta = self._inverse.t() @ (self._curvature * alpha - products(y, r).to(alpha))
         return r.add_(combined(delta, s)).neg_()
 

@@ -6,7 +6,7 @@ The two that count grow with the picture: the activations that the backward pass
 from __future__ import annotations
 
 from nst_model.architecture import Architecture
-from nst_model.options import Optimizer, Precision, StyleLoss, StylizeOptions
+from nst_model.options import Curvature, Optimizer, Precision, StyleLoss, StylizeOptions
 
 FIXED_BYTES = 250 * 2**20
 """Buffers of the convolutions, of the allocator, and of all that does not grow with the picture."""
@@ -19,6 +19,9 @@ WORKING_COPIES = 6
 
 PICTURES = 24
 """Pictures in fp32 that are in use at once: the optimizer's vectors, the best one, averages, what is shown."""
+
+SPECTRAL_PICTURES = 10
+"""Those that Curvature.SPECTRAL adds: spectra, and the share of each frequency in each band."""
 
 SLICED_COPIES = 10
 """Arrays of the size of the largest style layer that the sliced loss sorts."""
@@ -50,8 +53,13 @@ def peak_bytes(options: StylizeOptions, height: int, width: int, architecture: A
     numbers = ACTIVATION_COPIES * sum(channels) + WORKING_COPIES * max(channels)
     if options.style_loss is StyleLoss.SLICED:
         numbers += SLICED_COPIES * max(channels)
-    pairs = options.history if options.optimizer is Optimizer.LBFGS else 1
-    return round(FIXED_BYTES + pixels * (numbers * value_bytes + 3 * 4 * (PICTURES + 2 * pairs)))
+    pictures = PICTURES
+    if options.optimizer is Optimizer.LBFGS:
+        pictures += 2 * options.history
+        pictures += SPECTRAL_PICTURES if options.curvature is Curvature.SPECTRAL else 0
+    else:
+        pictures += 2  # Adam's moments
+    return round(FIXED_BYTES + pixels * (numbers * value_bytes + 3 * 4 * pictures))
 
 
 def largest_size_px(

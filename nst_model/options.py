@@ -80,6 +80,13 @@ class Optimizer(StrEnum):
     ADAM = "adam"
 
 
+class Curvature(StrEnum):
+    """What L-BFGS takes for the curvature in directions that its pairs say nothing of."""
+
+    SPECTRAL = "spectral"
+    UNIFORM = "uniform"
+
+
 class Color(StrEnum):
     """Where the picture's colours come from."""
 
@@ -198,6 +205,9 @@ class StylizeOptions:
         0.0, "Weight of the Laplacian loss: how closely the content's outlines are kept.", 0, MAX_WEIGHT
     )
     deterministic: bool = _option(False, "The same bytes each time on the same machine, GPUs included.")
+    curvature: Curvature = _option(
+        Curvature.SPECTRAL, "What L-BFGS takes for the curvature in directions that its pairs say nothing of."
+    )
 
     @classmethod
     def of(cls, preset: Preset | str = Preset.FINE, **given: Any) -> StylizeOptions:

@@ -113,6 +113,7 @@ def test_every_option_survives_the_round_trip() -> None:
         tv_norm="l1",
         laplacian_weight=3,
         deterministic=True,
+        curvature="uniform",
     )
     assert all(getattr(changed, name) != default_of(option) for name, option in OPTIONS.items())
     assert convert.options_from_proto(convert.options_to_proto(changed)) == changed

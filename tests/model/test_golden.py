@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"color-{color}": {"color": color} for color in Color if color != "style"},
     "preset-gatys": {"preset": "gatys"},
     **{f"pooling-{pooling}": {"pooling": pooling} for pooling in ("average", "l2")},
+    "curvature-uniform": {"curvature": "uniform"},
     "adam": {"optimizer": "adam"},
     "adam-coarse-to-fine": {"optimizer": "adam", "first_size_px": 24, "scale_iterations": [4, 3, 4]},
     "noise": {"init": "noise", "seed": 3},

@@ -121,6 +121,7 @@ def test_presets_are_pinned() -> None:
         "tv_norm": "l2",
         "laplacian_weight": 0.0,
         "deterministic": False,
+        "curvature": "spectral",
     }
     assert {preset: dict(found.values) for preset, found in PRESETS.items()} == {
         "fine": {},

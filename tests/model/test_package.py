@@ -15,6 +15,7 @@ PUBLIC = [
     "CARDS",
     "Color",
     "ContentLoss",
+    "Curvature",
     "DEFAULT_MODEL",
     "DeviceUnavailable",
     "FeatureModel",

@@ -1,0 +1,118 @@
+"""The initial inverse Hessian by frequency."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nst_model.lbfgs import LBFGS
+from nst_model.spectral import BANDS, LEAST, MOST, Spectral
+
+SHAPES = [(1, 3, 24, 32), (1, 3, 17, 23), (2, 16, 16)]
+ONE = torch.ones((), dtype=torch.float64)
+
+
+def noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return white noise, float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def curved(picture: Tensor, power: float, channels: Tensor) -> Tensor:
+    """Return a picture filtered by (1 + 50·frequency)^power, each channel by its factor too: a Hessian's product."""
+    height, width = picture.shape[-2:]
+    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)).double()
+    filtered = torch.fft.rfft2(picture) * (1 + 50 * radius) ** power
+    return torch.fft.irfft2(filtered, s=(height, width)) * channels[:, None, None]
+
+
+def learnt(shape: tuple[int, ...], power: float, channels: Tensor, pairs: int = 30) -> Spectral:
+    """Return what was learnt from pairs of white noise and its product with a Hessian."""
+    spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+    for seed in range(pairs):
+        s = noise(shape, seed)
+        spectral.learn(torch.stack((s, curved(s, power, channels))).flatten(1), torch.tensor(True))
+    return spectral
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_pairs_it_is_the_scalar(shape: tuple[int, ...]) -> None:
+    """And so it is after pairs that were not taken."""
+    spectral, q = Spectral(torch.zeros(shape, dtype=torch.float64)), noise(shape, 1).flatten()
+    spectral.learn(torch.stack((q, 3 * q)), torch.tensor(False))
+    torch.testing.assert_close(spectral.times(q, 7 * ONE), 7 * q)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_hessian_by_frequency_and_channel_is_learnt(shape: tuple[int, ...]) -> None:
+    """What it makes of H·v is nearly v, which no scalar would make."""
+    channels = torch.tensor([1.0, 3.0, 0.5][: shape[-3]], dtype=torch.float64)
+    spectral, v = learnt(shape, 1.0, channels), noise(shape, 99)
+    product = curved(v, 1.0, channels).flatten()
+    error = float((spectral.times(product, 0.1 * ONE) - v.flatten()).norm() / v.norm())
+    best_scalar = float(product @ v.flatten() / (product @ product))
+    by_scalar = float((best_scalar * product - v.flatten()).norm() / v.norm())
+    assert error < 0.15
+    assert by_scalar > 2 * error
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_symmetric_and_positive(shape: tuple[int, ...]) -> None:
+    """As L-BFGS needs it."""
+    spectral = learnt(shape, 1.5, torch.ones(shape[-3], dtype=torch.float64))
+    one, other = noise(shape, 1).flatten(), noise(shape, 2).flatten()
+    images = [spectral.times(each, 0.1 * ONE) for each in (one, other)]
+    assert float(one @ images[1]) == pytest.approx(float(other @ images[0]), rel=1e-9)
+    assert float(one @ images[0]) > 0
+
+
+def test_bands_keep_to_the_scalar_within_bounds() -> None:
+    """However extreme a band's ratio is."""
+    shape = SHAPES[0]
+    q = noise(shape, 1).flatten()
+    for factor, bound in ((1e9, MOST), (1e-9, LEAST)):
+        spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+        spectral.learn(torch.stack((factor * q, q)), torch.tensor(True))
+        torch.testing.assert_close(spectral.times(q, 2 * ONE), 2 * bound * q)
+
+
+def test_what_is_long_past_counts_no_more() -> None:
+    """The curvature changes on the way, and is followed."""
+    shape, q = SHAPES[0], noise(SHAPES[0], 1).flatten()
+    spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+    for factor in [5.0] * 100 + [1.0] * 300:
+        spectral.learn(torch.stack((factor * q, q)), torch.tensor(True))
+    torch.testing.assert_close(spectral.times(q, ONE), q, rtol=0.05, atol=0.01)
+
+
+def test_sums_count_every_frequency_once() -> None:
+    """Added over bands they are the squared norms, by Parseval's theorem."""
+    for shape in SHAPES:
+        spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+        s, y = noise(shape, 1), noise(shape, 2)
+        spectral.learn(torch.stack((s, y)).flatten(1), torch.tensor(True))
+        assert spectral.sums.shape == (2, math.prod(shape[:-2]), BANDS)
+        wanted = torch.stack((s, y)).square().sum(dim=(-2, -1)).view(2, -1) / y.square().sum()
+        torch.testing.assert_close(spectral.sums.sum(dim=-1), wanted)
+
+
+def test_lbfgs_needs_fewer_iterations_with_it() -> None:
+    """Where curvature grows with frequency: half as many to a thousandth of the loss, and the memory is no help."""
+
+    def iterations(spectral: bool) -> int:
+        start = noise((1, 3, 32, 32), 5)
+        optimizer = LBFGS(start, 10, spectral=spectral, max_step_rms=math.inf)
+        channels = torch.ones(3, dtype=torch.float64)
+        first = None
+        for number in range(1000):
+            gradient = curved(optimizer.x, 2.0, channels)
+            loss = (gradient * optimizer.x).sum() / 2
+            first = loss if first is None else first
+            if float(loss) < 1e-6 * float(first):
+                return number
+            optimizer.step(gradient, loss)
+        raise AssertionError("it did not converge")
+
+    assert iterations(True) < 0.5 * iterations(False)
