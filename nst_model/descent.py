@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nst_model.adam import Adam
 from nst_model.errors import InvalidImage
+from nst_model.graphs import Recorded
 from nst_model.lbfgs import LBFGS
 from nst_model.objective import Losses, interpreted
 from nst_model.options import Curvature, Optimizer, StylizeOptions
@@ -154,6 +155,7 @@ class Descent:
         self._ahead: collections.deque[_Evaluation] = collections.deque()  # those after it that are launched already
         self._optimizer: LBFGS | Adam | None = None
         self._watch: _Watch | None = None  # of the scale that is being worked on
+        self._recorded: tuple[Closure, LBFGS | Adam, Recorded] | None = None
         self._average = _Average(options.averaging)
         self._before: Iterate | None = None  # the best one known when the watch began
         self._latest: Iterate | None = None
@@ -240,8 +242,17 @@ class Descent:
         most = 1 + AHEAD.get(self._at.x.device.type, 0)
         while len(self._ahead) < most and (not self._ahead or self._wanted(self._index + len(self._ahead))):
             x = self._at.x.clone()
-            self._ahead.append(_Evaluation(x, _Numbers(launch(self.closure, self._at))))
+            self._ahead.append(_Evaluation(x, _Numbers(self._launch())))
         return self._ahead.popleft()
+
+    def _launch(self) -> Tensor:
+        """Evaluate and step, from a recording if there is one of this objective and this optimizer."""
+        assert self.closure is not None, "set the closure before the iterates"
+        if self._recorded is None or self._recorded[:2] != (self.closure, self._at):
+            self._recorded = None  # its memory first
+            work = functools.partial(launch, self.closure, self._at)
+            self._recorded = (self.closure, self._at, Recorded(work, self._at.x.device))
+        return self._recorded[2]()
 
     def _wanted(self, index: int) -> bool:
         """Return whether there shall be an iterate of that index at this scale."""
@@ -266,7 +277,7 @@ class Descent:
         self.picture = watch.best_x if early or watch.failures else self._point.clone()
         self._ahead.clear()
         self._index = self._end(self.scale)
-        self._before, self._watch, self.closure = best, None, None
+        self._before, self._watch, self.closure, self._recorded = best, None, None, None
         self.scale += 1
 
     def state(self) -> State:

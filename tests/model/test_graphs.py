@@ -1,0 +1,195 @@
+"""Iterations recorded once and replayed, with a stand-in for CUDA's recorder where there is no GPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nst_model import FeatureModel, Iterate, Style, StylizeOptions, graphs
+from nst_model.descent import AHEAD
+from nst_model.graphs import WARM_UP, Recorded, Work
+from nst_model.stylization import Stylization
+from tests.model.test_resume import RUNS, same
+
+Picture = Callable[[int, int, int], Tensor]
+
+
+class Tape(TorchDispatchMode):
+    """Notes each operation with the tensors that it reads and writes, and does it again on the same memory.
+
+    Like a CUDA graph: whatever Python does between the operations, or keeps in attributes, is not in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[tuple[Any, Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_map(_alias, (args, kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        made = [_alias(t) for t in tree_leaves(result) if isinstance(t, Tensor)]
+        before = {t.untyped_storage().data_ptr() for t in tree_leaves(given) if isinstance(t, Tensor)}
+        # A view is of memory that others write.
+        if func._schema.is_mutable or any(t.untyped_storage().data_ptr() not in before for t in made):
+            self._operations.append((func, given, made))
+        return result
+
+    def replay(self) -> None:
+        """Do it again."""
+        for func, given, made in self._operations:
+            args, kwargs = tree_map(_alias, given)
+            again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+            if not func._schema.is_mutable:
+                for old, new in zip(made, again, strict=True):
+                    old.copy_(new)
+
+
+def _alias(value: Any) -> Any:
+    """Return a tensor of the same memory that keeps its shape, whatever becomes of the other's."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class Replaying:
+    """A recorder as CUDA's, by a tape. To record does the work, unlike there, so it is undone."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        assert isinstance(work, functools.partial)
+        optimizer = work.args[1]
+        before = optimizer.state()
+        tape = Tape()
+        with tape:
+            vector = work()
+        optimizer.restore(before)
+        vector.fill_(float("nan"))
+
+        def replay() -> None:
+            self.replayed += 1
+            tape.replay()
+
+        return replay, vector
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Replaying:
+    """The stand-in, in place of no recorder for the CPU."""
+    recorder = Replaying()
+    monkeypatch.setattr(graphs, "RECORDERS", {**graphs.RECORDERS, "cpu": recorder})
+    return recorder
+
+
+def run(model: FeatureModel, picture: Picture, preset: str = "fine", **options: Any) -> Stylization:
+    """Return a small run, always of the same pictures."""
+    styles = [Style(picture(40, 48, 2))]
+    return Stylization(model, picture(40, 48, 1), styles, StylizeOptions.of(preset, **options))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recorded_run_is_the_same_to_the_bit(
+    tiny_model: FeatureModel,
+    picture: Picture,
+    monkeypatch: pytest.MonkeyPatch,
+    recorder: Replaying,
+    name: str,
+    ahead: int,
+) -> None:
+    """Read late or not; one recording at each scale that has the iterations for it."""
+    monkeypatch.setitem(AHEAD, "cpu", ahead)
+    recorded = list(run(tiny_model, picture, **RUNS[name]))
+    assert recorder.recorded > 0
+    assert recorder.replayed > 0
+    monkeypatch.setattr(graphs, "RECORDERS", {})
+    plain = list(run(tiny_model, picture, **RUNS[name]))
+    assert len(recorded) == len(plain)
+    assert all(map(same, recorded, plain))
+
+
+def test_a_recording_serves_one_objective_and_one_optimizer(
+    tiny_model: FeatureModel, picture: Picture, monkeypatch: pytest.MonkeyPatch, recorder: Replaying
+) -> None:
+    """Steered, the run is recorded anew; by other budgets it is not."""
+
+    def steered() -> list[Iterate]:
+        making, seen = run(tiny_model, picture, iterations=20, first_size_px=512), []
+        for iterate in making:
+            seen.append(iterate)
+            if iterate.index == 6:
+                making.steer(iterations=18)
+            if iterate.index == 10:
+                making.steer(content_weight=0.5)
+        return seen
+
+    with_recordings = steered()
+    assert recorder.recorded == 2
+    assert recorder.replayed == 19 - 2 * WARM_UP
+    monkeypatch.setattr(graphs, "RECORDERS", {})
+    assert all(itertools.starmap(same, zip(with_recordings, steered(), strict=True)))
+
+
+def test_what_cannot_be_recorded_is_done_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried once, nothing is left out or done twice, and the log says why, in one line."""
+    tried = []
+
+    def refusing(_: Work) -> Any:
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "RECORDERS", {"cpu": refusing})
+    counter = torch.zeros(1)
+    work = Recorded(lambda: counter.add_(1).clone(), torch.device("cpu"))
+    with caplog.at_level(logging.WARNING):
+        assert [float(work()) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert len(tried) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "an iteration cannot be recorded, and is launched kernel by kernel: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_vector_is_not_overwritten_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads late reads what was there."""
+    counter, vector = torch.zeros(3), torch.zeros(3)
+
+    def count() -> Tensor:
+        return counter.add_(1) * 2
+
+    monkeypatch.setattr(graphs, "RECORDERS", {"cpu": lambda work: (lambda: vector.copy_(work()), vector)})
+    work = Recorded(count, torch.device("cpu"))
+    vectors = [work() for _ in range(6)]
+    assert [each.tolist() for each in vectors] == [[2.0 * call] * 3 for call in range(1, 7)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+@pytest.mark.parametrize("loss", ["gram", "wasserstein", "sliced"])
+def test_replay_and_eager_agree_on_a_gpu(
+    tiny_model: FeatureModel,
+    picture: Picture,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    loss: str,
+    optimizer: str,
+) -> None:
+    """As far as sums in another order let them, and nothing refuses to be recorded."""
+    model = FeatureModel(tiny_model.weights, "cuda")
+    options = {"style_loss": loss, "optimizer": optimizer, "iterations": 12, "first_size_px": 34, "precision": "fp32"}
+    recorded = [iterate.loss for iterate in run(model, picture, **options)]
+    assert not caplog.records
+    monkeypatch.setattr(graphs, "RECORDERS", {})
+    plain = [iterate.loss for iterate in run(model, picture, **options)]
+    assert recorded == pytest.approx(plain, rel=0.01)
