@@ -446,9 +446,26 @@ def to_pixels(picture: Tensor, *, bits: int = 8) -> np.ndarray:
 
     uint8 in [0, 255], or with 16 `bits` uint16 in [0, 65535].
     """
-    levels = picture.clamp(0, 1).mul(2**bits - 1).round()
-    pixels = levels.to(torch.uint8 if bits == 8 else torch.int32)  # torch computes little in uint16
-    return pixels.permute(1, 2, 0).cpu().contiguous().numpy().astype(f"uint{bits}", copy=False)
+    with _aside(picture.device):
+        levels = picture.clamp(0, 1).mul(2**bits - 1).round()
+        pixels = levels.to(torch.uint8 if bits == 8 else torch.int32)  # torch computes little in uint16
+        pixels = pixels.permute(1, 2, 0).contiguous()
+        if pixels.is_cuda:
+            pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
+    return pixels.cpu().numpy().astype(f"uint{bits}", copy=False)
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """On a GPU, do what is in the block after what has been launched, beside what will be, and wait for it alone."""
+    if device.type != "cuda":
+        yield
+        return
+    before, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(before)
+    with torch.cuda.stream(aside):
+        yield
+    aside.synchronize()
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:

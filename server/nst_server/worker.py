@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import queue
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -208,7 +209,7 @@ class Worker:
         losses = (iterate.loss, iterate.content_loss, iterate.tv_loss, iterate.laplacian_loss, iterate.style_losses)
         self._sender.send(Progressed(task.id, iterate.index, iterate.iterations, *losses, elapsed_s, rate, remaining_s))
         if task.frame_interval and iterate.index % task.frame_interval == 0:
-            picture = Pictured(task.id, iterate.index, nst_model.to_pixels(iterate.picture))
+            picture = functools.partial(_pictured, task.id, iterate)
             (self._sender.send if every_frame else self._sender.send_picture)(picture)
 
     def _prepare(self, task: PrepareTask, stop: threading.Event) -> None:
@@ -250,6 +251,10 @@ class Worker:
             return computed
 
         return targets_of
+
+
+def _pictured(id: str, iterate: Iterate) -> Pictured:
+    return Pictured(id, iterate.index, nst_model.to_pixels(iterate.picture))
 
 
 def _styles(images: Sequence[StyleImage]) -> list[Style]:
@@ -439,18 +444,21 @@ class _Reader(threading.Thread):
 
 
 class _Sender(threading.Thread):
-    """Writes messages in order, and of pictures the newest."""
+    """Writes messages in order, and of pictures the newest.
+
+    A picture comes as a function that makes its message: only those that are written are made, in this thread.
+    """
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(daemon=True, name="sender")
         self._connection = connection
         self._waiting = threading.Condition()
-        self._messages: collections.deque[Message] = collections.deque()
-        self._picture: Pictured | None = None
+        self._messages: collections.deque[Message | Callable[[], Pictured]] = collections.deque()
+        self._picture: Callable[[], Pictured] | None = None
         self._closed = False
         self.start()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message | Callable[[], Pictured]) -> None:
         """Queue a message. An ending goes after the picture that is still waiting."""
         with self._waiting:
             if isinstance(message, Ending) and self._picture is not None:
@@ -459,7 +467,7 @@ class _Sender(threading.Thread):
             self._messages.append(message)
             self._waiting.notify()
 
-    def send_picture(self, picture: Pictured) -> None:
+    def send_picture(self, picture: Callable[[], Pictured]) -> None:
         """Send a picture when the pipe is free, unless a newer one comes first."""
         with self._waiting:
             self._picture = picture
@@ -475,11 +483,13 @@ class _Sender(threading.Thread):
     def run(self) -> None:
         while (message := self._next()) is not None:
             try:
-                self._connection.send(message)
+                self._connection.send(message() if callable(message) else message)
             except OSError:
                 os._exit(0)
+            except RuntimeError as error:  # the device may lack the memory for a picture, and the run go on
+                log.warning("a picture is left out: %s", error)
 
-    def _next(self) -> Message | None:
+    def _next(self) -> Message | Callable[[], Pictured] | None:
         with self._waiting:
             while not (self._messages or self._picture or self._closed):
                 self._waiting.wait()
