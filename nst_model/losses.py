@@ -1,11 +1,15 @@
 """Style and content losses: tiny modules that TorchScript compiles into the objective.
 
-Shapes: C channels, H and W positions of a layer. Features are (1, C, H, W), fp32, of mean activation 1 over natural
-images. Every loss is a mean over entries, so that it means the same for every layer and size.
+Shapes: C channels, H and W positions of a layer, P = H·W. Features are (1, C, H, W), in the trunk's precision, of mean
+activation 1 over natural images. Every loss is a mean over entries, so that it means the same for every layer and size.
+
+Each module returns the loss, an fp32 scalar, and its gradient towards the features times `scale`, in their precision.
+What is large, features and their gradient, is never copied to another precision where the loss is one of moments:
+the product over positions reads bf16 and adds up in fp32, and so does the one back.
 
 A style loss compares a *statistic* of the picture's features with the style's. What is kept of a style, its targets,
 is a small dictionary of tensors by layer; targets of several styles mix linearly. Statistics are taken over all
-positions alike or, in a region, by weights (H·W,) that sum to 1.
+positions alike or, in a region, by weights (P,) that sum to 1.
 """
 
 # Annotations stay objects in this module (no `from __future__ import annotations`): TorchScript reads them.
@@ -35,6 +39,11 @@ def as_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
+def as_features(rows: Tensor, shape: list[int]) -> Tensor:
+    """Return positions by channels (H·W, C) as features of `shape`, (1, C, H, W), in the memory format of the trunk."""
+    return rows.view(1, shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+
+
 def mean_row(rows: Tensor, weights: Tensor | None) -> Tensor:
     """Return the mean of rows (P, C): (C,)."""
     return rows.mean(dim=0) if weights is None else weights @ rows
@@ -61,22 +70,115 @@ def covariance(features: Tensor, weights: Tensor | None = None) -> Tensor:
     return (rows * weights[:, None]).t() @ rows
 
 
-def square_roots(matrix: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
-    """Return the square root of a positive semidefinite matrix (C, C), and the inverse of that root.
+def differentiable(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same values that gradients are taken towards."""
+    return tensor.detach().requires_grad_(True)
 
-    By the coupled Newton–Schulz iteration (Higham, 2008, eq. 6.35): products only, fast on a GPU. Eigenvalues below
-    some 1e-4 of the largest are not converged: their roots come out too small, their inverses too. That is wanted. With
-    20 steps in place of 12, pictures come no nearer to the style by an exact measure, and have more specks.
+
+def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Return rows (P, C) times what each of them counts, or as they are if all count alike, in their own precision."""
+    # Rounded after the product and not before, else equal weights would all be wrong by the same.
+    return rows if weights is None else (rows * weights[:, None]).to(rows.dtype)
+
+
+def mean_near(rows: Tensor, weights: Tensor | None, expected: Tensor) -> Tensor:
+    """Return the mean of rows (P, C), (C,), in the precision of `expected`, a guess; see `gram_near`."""
+    near = expected.to(rows.dtype)
+    share = 1.0 / rows.shape[0] if weights is None else 1.0
+    ones = torch.ones_like(rows[:, :1]).t()
+    difference = torch.addmm(near[None], ones, weighted(rows, weights), beta=-1, alpha=share)[0]
+    return near.to(expected.dtype) + difference.to(expected.dtype)
+
+
+def gram_near(rows: Tensor, weights: Tensor | None, expected: Tensor) -> Tensor:
+    """Return the Gram matrix of rows (P, C), (C, C), in the precision of `expected`, a guess at it.
+
+    A product of bf16 matrices is added up in fp32, but comes out rounded to bf16. So what is taken from the product is
+    its difference from the guess: it is that which is rounded, and the less, the better the guess.
     """
+    near = expected.to(rows.dtype)
+    share = 1.0 / rows.shape[0] if weights is None else 1.0
+    difference = torch.addmm(near, weighted(rows, weights).t(), rows, beta=-1, alpha=share)
+    return near.to(expected.dtype) + difference.to(expected.dtype)
+
+
+def moments(rows: Tensor, weights: Tensor | None, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (C,) and covariance (C, C) of rows (P, C), leaves for autograd, and the rows about their mean.
+
+    `expected` is a guess at the mean; see `gram_near`. The guess at the covariance is itself, as a product of bf16
+    matrices gives it: its smallest eigenvalues must not fall below 0 by more than rounding in fp32.
+    """
+    mean = mean_near(rows, weights, expected)
+    centred = rows - mean.to(rows.dtype)
+    if rows.dtype == torch.bfloat16:
+        share = 1.0 / rows.shape[0] if weights is None else 1.0
+        guess = (share * (weighted(centred, weights).t() @ centred)).to(expected.dtype)
+    else:
+        guess = torch.zeros_like(expected).diag()  # any will do
+    return differentiable(mean), differentiable(gram_near(centred, weights, guess)), centred
+
+
+def through_gram(slope: Tensor, rows: Tensor, weights: Tensor | None, shape: list[int]) -> Tensor:
+    """Return a function's gradient towards features of `shape`, given its symmetric slope in their Gram matrix."""
+    share = 1.0 / rows.shape[0] if weights is None else 1.0
+    return as_features(weighted(rows @ (2 * share * slope).to(rows.dtype), weights), shape)
+
+
+def through_moments(
+    value: Tensor, found: tuple[Tensor, Tensor, Tensor], weights: Tensor | None, shape: list[int]
+) -> Tensor:
+    """Return a function's gradient towards features of `shape`, given its value as autograd can follow it to `moments`.
+
+    `found` is what they returned. What the rows' mean does to the covariance cancels: the rows about it sum to 0.
+    """
+    mean, covariance, centred = found
+    slopes = torch.autograd.grad([value], [mean, covariance])
+    by_mean, by_covariance = slopes[0], slopes[1]
+    assert by_mean is not None
+    assert by_covariance is not None
+    share = 1.0 / centred.shape[0] if weights is None else 1.0
+    slope = (share * (by_covariance + by_covariance.t())).to(centred.dtype)
+    gradient = torch.addmm((share * by_mean).to(centred.dtype), centred, slope)
+    return as_features(weighted(gradient, weights), shape)
+
+
+def through_autograd(value: Tensor, features: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a value that autograd can follow to the features, a leaf, and its gradient there, times `scale`."""
+    gradient = torch.autograd.grad([scale * value], [features])[0]
+    assert gradient is not None
+    return value.detach(), gradient.to(dtype)
+
+
+def inverse_root(matrix: Tensor) -> Tensor:
+    """Return the inverse square root of a positive semidefinite matrix (C, C), by products only, fast on a GPU.
+
+    The iteration is coupled (Higham, 2008, section 6.7). Its steps x → ax + bx³ + cx⁵ take the root x of each
+    eigenvalue, relative to the largest, to 1: within 1e-7 for x from 0.04 to 1. The first three come as near to 1 in
+    the maximum norm as three such steps in succession can (Amsel et al., 2025, "The Polar Express"); the last two are
+    Newton and Schulz's of the fifth order.
+
+    Smaller eigenvalues are not converged: their inverse roots come out too small. That is wanted. With more steps
+    pictures come no nearer to the style by an exact measure, and have more specks. Small x are multiplied by 134, as by
+    twelve Newton–Schulz steps of the third order, which take twice the matrix products.
+    """
+    steps = [
+        (7.0864, -19.6595, 14.3005),
+        (2.7266, -2.0304, 0.4585),
+        (1.9751, -1.3572, 0.3859),
+        (1.875, -1.25, 0.375),
+        (1.875, -1.25, 0.375),
+    ]
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     norm = torch.linalg.vector_norm(matrix) + 1e-8
     root = matrix / norm
     inverse = identity
-    for _ in range(steps):
-        step = 1.5 * identity - 0.5 * (inverse @ root)
-        root = root @ step
-        inverse = step @ inverse
-    return root * norm.sqrt(), inverse / norm.sqrt()
+    for number, (a, b, c) in enumerate(steps):
+        ratio = inverse @ root if number > 0 else root  # the identity, once converged
+        step = torch.addmm(b * ratio + a * identity, ratio, ratio, alpha=c)
+        inverse = step @ inverse if number > 0 else step
+        if number + 1 < len(steps):
+            root = root @ step
+    return inverse / norm.sqrt()
 
 
 def trace_of_root(matrix: Tensor) -> Tensor:
@@ -84,9 +186,8 @@ def trace_of_root(matrix: Tensor) -> Tensor:
 
     Its gradient is half the inverse root (d tr M^½ = ½ tr M^-½ dM), so nothing is remembered of the iteration.
     """
-    root, inverse = square_roots(matrix.detach())
-    slope = 0.5 * (inverse * matrix).sum()
-    trace: Tensor = root.trace() + slope - slope.detach()
+    half = 0.5 * (inverse_root(matrix.detach()) * matrix).sum()
+    trace: Tensor = half + half.detach()
     return trace
 
 
@@ -128,23 +229,35 @@ class GramLoss(nn.Module):
         super().__init__()
         self.register_buffer("gram", targets["gram"])
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(gram(features, weights), self.gram)
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) and its gradient times `scale`."""
+        rows = as_rows(features)
+        difference = gram_near(rows, weights, self.gram) - self.gram
+        slope = 2 * scale / difference.numel() * difference
+        return difference.square().mean(), through_gram(slope, rows, weights, features.shape)
 
 
 class CovarianceLoss(nn.Module):
     """Mean squared difference of the covariance matrices: Gram matrices about the mean (Li et al., 2017)."""
 
+    mean: Tensor
+    gram: Tensor
     covariance: Tensor
 
     def __init__(self, targets: Targets) -> None:
         super().__init__()
+        self.register_buffer("mean", targets["mean"])
+        self.register_buffer("gram", targets["gram"])
         self.register_buffer("covariance", targets["gram"] - torch.outer(targets["mean"], targets["mean"]))
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(covariance(features, weights), self.covariance)
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) and its gradient times `scale`."""
+        rows = as_rows(features)
+        mean = mean_near(rows, weights, self.mean)
+        difference = gram_near(rows, weights, self.gram) - torch.outer(mean, mean) - self.covariance
+        slope = 2 * scale / difference.numel() * difference
+        centred = rows - mean.to(rows.dtype)
+        return difference.square().mean(), through_gram(slope, centred, weights, features.shape)
 
 
 class MeanStdLoss(nn.Module):
@@ -159,19 +272,20 @@ class MeanStdLoss(nn.Module):
         self.register_buffer("mean", targets["mean"])
         self.register_buffer("std", variance.clamp_min(0).add(1e-8).sqrt())
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar."""
-        rows = as_rows(features)
-        mean = mean_row(rows, weights)
-        std = (mean_row((rows - mean).square(), weights) + 1e-8).sqrt()
-        return F.mse_loss(mean, self.mean) + F.mse_loss(std, self.std)
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) and its gradient times `scale`."""
+        found = moments(as_rows(features), weights, self.mean)
+        mean, covariance, _ = found
+        std = (covariance.diagonal().clamp_min(0) + 1e-8).sqrt()
+        value = F.mse_loss(mean, self.mean) + F.mse_loss(std, self.std)
+        return value.detach(), through_moments(scale * value, found, weights, features.shape)
 
 
 class WassersteinLoss(nn.Module):
     """Squared Wasserstein-2 distance between Gaussians of the features' means and covariances, divided by C.
 
     ‖m - m'‖² + tr(K + K' - 2 (K'^½ K K'^½)^½) (Dowson and Landau, 1982); as style loss by Crowson (2021). A little
-    above 0 even where it should be 0, by what `square_roots` leaves unconverged.
+    above 0 even where it should be 0, by what `inverse_root` leaves unconverged.
     """
 
     mean: Tensor
@@ -188,23 +302,34 @@ class WassersteinLoss(nn.Module):
         self.register_buffer("variance", values.sum().to(targets["mean"]))
         self.register_buffer("root", ((vectors * values.sqrt()) @ vectors.t()).to(targets["mean"]))
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar."""
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) and its gradient times `scale`."""
         rows = as_rows(features)
+        if rows.shape[0] < rows.shape[1]:
+            return self._by_positions(features, scale, weights)
+        found = moments(rows, weights, self.mean)
+        mean, covariance, _ = found
+        overlap = trace_of_root(self.root @ covariance @ self.root)
+        spread = covariance.trace() + self.variance - 2 * overlap
+        value = F.mse_loss(mean, self.mean) + spread / rows.shape[1]
+        return value.detach(), through_moments(scale * value, found, weights, features.shape)
+
+    def _by_positions(self, features: Tensor, scale: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the same where there are fewer positions than channels, as at coarse scales.
+
+        K'^½ K K'^½ and rows · K' · rowsᵀ have the same eigenvalues, zeros apart, and the latter is smaller.
+        """
+        leaf = differentiable(features.to(self.mean.dtype))
+        rows = as_rows(leaf)
         mean = mean_row(rows, weights)
         rows = rows - mean
         positions, channels = rows.shape
         # From here on rowsᵀ · rows is the covariance. The root is of an integer: a float would be baked into a graph.
         rows = rows * ((torch.ones_like(rows[:, 0]) / positions) if weights is None else weights).sqrt()[:, None]
-        if positions < channels:
-            # K'^½ K K'^½ and rows · K' · rowsᵀ have the same eigenvalues, zeros apart; at coarse scales the latter is
-            # much smaller.
-            rooted = rows @ self.root
-            overlap = trace_of_root(rooted @ rooted.t())
-        else:
-            overlap = trace_of_root(self.root @ (rows.t() @ rows) @ self.root)
-        spread = rows.square().sum() + self.variance - 2 * overlap
-        return F.mse_loss(mean, self.mean) + spread / channels
+        rooted = rows @ self.root
+        spread = rows.square().sum() + self.variance - 2 * trace_of_root(rooted @ rooted.t())
+        value = F.mse_loss(mean, self.mean) + spread / channels
+        return through_autograd(value, leaf, scale, features.dtype)
 
 
 class SlicedLoss(nn.Module):
@@ -218,9 +343,11 @@ class SlicedLoss(nn.Module):
         self.register_buffer("quantiles", targets["quantiles"])
         self.register_buffer("directions", targets["directions"])
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar."""
-        return F.mse_loss(quantiles(features, self.directions, weights), self.quantiles)
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) and its gradient times `scale`."""
+        leaf = differentiable(features.to(self.quantiles.dtype))
+        value = F.mse_loss(quantiles(leaf, self.directions, weights), self.quantiles)
+        return through_autograd(value, leaf, scale, features.dtype)
 
 
 class DirectLoss(nn.Module):
@@ -232,10 +359,12 @@ class DirectLoss(nn.Module):
         super().__init__()
         self.register_buffer("features", targets["features"])
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar; the style's map is stretched to their size."""
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W), the style's map stretched to their size, and its gradient."""
+        leaf = differentiable(features.to(self.features.dtype))
         wanted = F.interpolate(self.features, size=features.shape[2:], mode="bilinear", align_corners=False)
-        return mean_row(as_rows((features - wanted).square()), weights).mean()
+        value = mean_row(as_rows((leaf - wanted).square()), weights).mean()
+        return through_autograd(value, leaf, scale, features.dtype)
 
 
 class CrossLoss(nn.Module):
@@ -250,12 +379,14 @@ class CrossLoss(nn.Module):
         super().__init__()
         self.register_buffer("features", targets["features"])
 
-    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar; the style's map is stretched to their size."""
+    def forward(self, features: Tensor, scale: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W), the style's map stretched to their size, and its gradient."""
+        leaf = differentiable(features.to(self.features.dtype))
         style = F.interpolate(self.features, size=features.shape[2:], mode="bilinear", align_corners=False)
         rows = as_rows(style)
         weighted = rows / rows.shape[0] if weights is None else rows * weights[:, None]
-        return F.mse_loss(as_rows(features).t() @ weighted, rows.t() @ weighted)
+        value = F.mse_loss(as_rows(leaf).t() @ weighted, rows.t() @ weighted)
+        return through_autograd(value, leaf, scale, features.dtype)
 
 
 STYLE_LOSSES: Mapping[StyleLoss, Callable[[Targets], nn.Module]] = {
@@ -306,9 +437,11 @@ def mixed_targets(parts: Sequence[tuple[float, Targets]]) -> dict[str, Tensor]:
 class SquaredError(nn.Module):
     """Mean squared difference of the features. Gatys et al. (2016), eq. 1, is half the sum."""
 
-    def forward(self, features: Tensor, content: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W) against the content's, of the same shape, a scalar."""
-        return F.mse_loss(features, content)
+    def forward(self, features: Tensor, scale: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) against the content's, of the same shape, and its gradient."""
+        difference = features - content
+        gradient = (2 * scale / difference.numel() * difference).to(features.dtype)
+        return difference.square().mean(), gradient
 
 
 class InnerProduct(nn.Module):
@@ -318,17 +451,21 @@ class InnerProduct(nn.Module):
     it, but that is the squared error again, up to a constant. What is left of the idea is the whole map's direction.
     """
 
-    def forward(self, features: Tensor, content: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W) against the content's, of the same shape, a scalar."""
-        return 1 - F.cosine_similarity(features.flatten(), content.flatten(), dim=0, eps=1e-8)
+    def forward(self, features: Tensor, scale: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) against the content's, of the same shape, and its gradient."""
+        leaf = differentiable(features.to(content.dtype))
+        value = 1 - F.cosine_similarity(leaf.flatten(), content.flatten(), dim=0, eps=1e-8)
+        return through_autograd(value, leaf, scale, features.dtype)
 
 
 class Cosine(nn.Module):
     """One minus the cosine between the features at each position, averaged over positions: from 0 to 2."""
 
-    def forward(self, features: Tensor, content: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W) against the content's, of the same shape, a scalar."""
-        return 1 - F.cosine_similarity(features, content, dim=1, eps=1e-8).mean()
+    def forward(self, features: Tensor, scale: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) against the content's, of the same shape, and its gradient."""
+        leaf = differentiable(features.to(content.dtype))
+        value = 1 - F.cosine_similarity(leaf, content, dim=1, eps=1e-8).mean()
+        return through_autograd(value, leaf, scale, features.dtype)
 
 
 class SelfSimilarity(nn.Module):
@@ -337,9 +474,11 @@ class SelfSimilarity(nn.Module):
     Scaled by the number of positions, so that it is the mean over them of the total variation between two rows.
     """
 
-    def forward(self, features: Tensor, content: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W) against the content's, of the same shape, a scalar."""
-        return (self._distances(features) - self._distances(content)).abs().sum(dim=0).mean()
+    def forward(self, features: Tensor, scale: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) against the content's, of the same shape, and its gradient."""
+        leaf = differentiable(features.to(content.dtype))
+        value = (self._distances(leaf) - self._distances(content)).abs().sum(dim=0).mean()
+        return through_autograd(value, leaf, scale, features.dtype)
 
     def _distances(self, features: Tensor) -> Tensor:
         stride = 1

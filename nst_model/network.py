@@ -26,6 +26,17 @@ def replicated(x: Tensor) -> Tensor:
     return torch.cat((x[:, :, :, :1], x, x[:, :, :, -1:]), dim=3)
 
 
+def replicated_gradient(gradient: Tensor) -> Tensor:
+    """Return the gradient towards x of a function whose gradient towards `replicated(x)` is given."""
+    rows = gradient[:, :, 1:-1].clone()
+    rows[:, :, 0] += gradient[:, :, 0]
+    rows[:, :, -1] += gradient[:, :, -1]
+    found = rows[:, :, :, 1:-1].clone()
+    found[:, :, :, 0] += rows[:, :, :, 0]
+    found[:, :, :, -1] += rows[:, :, :, -1]
+    return found
+
+
 class Stage(nn.Module):
     """One 3×3 convolution and its ReLU, with the pooling before it where a block begins."""
 
@@ -50,11 +61,41 @@ class Stage(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's features, in the trunk's precision."""
-        if self.pooled:
-            x = self._pool(x)
+    def forward(self, below: Tensor) -> Tensor:
+        """Return the layer's features, given those below it, in the trunk's precision."""
+        x = self._pool(below) if self.pooled else below
         return torch.relu_(F.conv2d(x, self.weight, self.bias, padding=[self.padding, self.padding]))
+
+    @torch.jit.export
+    def gradient(self, towards: Tensor, here: Tensor, below: Tensor) -> Tensor:
+        """Return a function's gradient towards the features below, given that towards this layer's features, `here`.
+
+        `towards` is overwritten. Nothing but the features is kept on the way up: the ReLU's mask is where its output is
+        above 0, and what the pooling chose is found once more.
+        """
+        torch.ops.aten.threshold_backward(towards, here, 0, grad_input=towards)
+        if not self.pooled:
+            return self._through_convolution(towards, below)
+        if self.pooling == "max":
+            pooled, chosen = torch.ops.aten.max_pool2d_with_indices(below, [2, 2], [2, 2])
+            towards = self._through_convolution(towards, pooled)
+            return torch.ops.aten.max_pool2d_with_indices_backward(
+                towards, below, [2, 2], [2, 2], [0, 0], [1, 1], False, chosen
+            )
+        pooled = self._pool(below)
+        towards = self._through_convolution(towards, pooled)
+        if self.pooling == "l2":
+            towards /= pooled
+        towards = torch.ops.aten.avg_pool2d_backward(towards, below, [2, 2], [2, 2], [0, 0], False, True, None)
+        return towards.mul_(below) if self.pooling == "l2" else towards
+
+    def _through_convolution(self, towards: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient towards the convolution's input, of which only the shape counts."""
+        padding, ones = [self.padding, self.padding], [1, 1]
+        # The third and later results, gradients of weight and bias, are not asked for.
+        return torch.ops.aten.convolution_backward(
+            towards, x, self.weight, None, ones, padding, ones, False, [0, 0], 1, [True, False, False]
+        )[0]
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.pooling == "average":
@@ -65,19 +106,22 @@ class Stage(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A VGG from the image up to the deepest layer asked for.
+    """A VGG from the image up to the deepest layer asked for, and back down for the gradient.
 
     The input's mean is subtracted inside; everything else of the network's own preprocessing, and the scaling that
     brings each layer's mean activation to 1, is folded into the weights.
+
+    The way down is written out: autograd would add up what the layers' losses contribute in fp32, keep each pooling's
+    choice, and allow no operation that it cannot differentiate.
     """
 
-    bf16: Final[bool]
     replicate: Final[bool]
+    names: list[str]
 
-    def __init__(self, stages: list[Stage], mean: Tensor, *, bf16: bool, replicate: bool) -> None:
+    def __init__(self, stages: list[Stage], mean: Tensor, *, replicate: bool) -> None:
         super().__init__()
         self.replicate = replicate
-        self.bf16 = bf16
+        self.names = [stage.name for stage in stages]
         self.stages = nn.ModuleList(stages)
         self.register_buffer("mean", mean)
 
@@ -85,18 +129,48 @@ class Trunk(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return the features of each tapped layer, fp32, by name. `image`: (N, 3, H, W) RGB in [0, 1]."""
+        features = self.tapped(self.ascend(image))
+        return {layer: found.to(self.mean.dtype) for layer, found in features.items()}
+
+    @torch.jit.export
+    def ascend(self, image: Tensor) -> list[Tensor]:
+        """Return the network's input and every layer's features, all in the trunk's precision: what `descend` needs."""
         x = image - self.mean
         if self.replicate:
             x = replicated(x)
-        if self.bf16:
-            x = x.to(torch.bfloat16)
-        x = x.contiguous(memory_format=torch.channels_last)
-        features: dict[str, Tensor] = {}
+        x = x.to(self.stages[0].weight.dtype).contiguous(memory_format=torch.channels_last)
+        found = [x]
         for stage in self.stages:
             x = stage(x)
+            found.append(x)
+        return found
+
+    @torch.jit.export
+    def tapped(self, ascent: list[Tensor]) -> dict[str, Tensor]:
+        """Return the features of each tapped layer, in the trunk's precision, by name."""
+        features: dict[str, Tensor] = {}
+        for number, stage in enumerate(self.stages):
             if stage.tapped:
-                features[stage.name] = x.float()  # type: ignore[index]
+                features[stage.name] = ascent[number + 1]  # type: ignore[index]
         return features
+
+    @torch.jit.export
+    def descend(self, ascent: list[Tensor], towards: dict[str, Tensor]) -> Tensor:
+        """Return a function's gradient towards the image, (N, 3, H, W) in fp32, given those towards tapped features.
+
+        Args:
+            ascent: what `ascend` returned of the image.
+            towards: layer → gradient, of the features' shape and precision. Overwritten.
+        """
+        number = len(self.names) - 1  # TorchScript knows of a reversed list's modules their methods only
+        gradient = towards[self.names[number]]  # nothing is computed above the deepest layer that is tapped
+        for stage in self.stages[::-1]:
+            gradient = stage.gradient(gradient, ascent[number + 1], ascent[number])  # type: ignore[operator]
+            number -= 1
+            if number >= 0 and self.names[number] in towards:
+                gradient += towards[self.names[number]]
+        gradient = gradient.to(self.mean.dtype)
+        return replicated_gradient(gradient) if self.replicate else gradient.contiguous()
 
 
 def build_trunk(
@@ -143,7 +217,6 @@ def build_trunk(
     trunk = Trunk(
         stages,
         weights.mean.to(device).view(1, 3, 1, 1),
-        bf16=precision is Precision.BF16,
         replicate=padding is not Padding.ZEROS,
     )
     return trunk.eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets
+from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets, differentiable
 from nst_model.network import Trunk, replicated
 from nst_model.options import StylizeOptions, TvNorm, relative
 
@@ -75,45 +75,51 @@ def outlines(image: Tensor) -> Tensor:
 class LayerLoss(nn.Module):
     """The style losses at one layer, one for each region, and the layer's relative weight."""
 
-    weight: float
-    shares: Final[list[float]]
+    weight: Tensor
+    shares: Tensor
 
     def __init__(self, losses: Sequence[nn.Module], shares: Sequence[float], weight: float) -> None:
         super().__init__()
         self.losses = nn.ModuleList(losses)
-        self.shares = list(shares)
-        self.weight = weight
+        self.register_buffer("shares", torch.tensor(shares))
+        self.register_buffer("weight", torch.tensor(weight))
 
-    def forward(self, features: Tensor, regions: Tensor | None) -> Tensor:
-        """Return the loss of features (1, C, H, W), a scalar, before its weight; `regions` are (R, H·W)."""
-        total = torch.zeros((), device=features.device)
+    def forward(self, features: Tensor, scale: Tensor, regions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) before its weight, a scalar, and its gradient times `scale`.
+
+        `regions` are (R, H·W).
+        """
+        total, gradient = torch.zeros_like(scale), torch.zeros_like(features)
         for region, loss in enumerate(self.losses):
-            weights = None if regions is None else regions[region]
-            total = total + self.shares[region] * loss(features, weights)
-        return total
+            share = self.shares[region]
+            value, towards = loss(features, scale * share, None if regions is None else regions[region])
+            total = total + share * value
+            gradient = towards if region == 0 else gradient.add_(towards)
+        return total, gradient
 
 
 class LayerComparison(nn.Module):
     """A content loss at one layer, and the layer's relative weight."""
 
-    weight: float
+    weight: Tensor
 
     def __init__(self, loss: nn.Module, weight: float) -> None:
         super().__init__()
         self.loss = loss
-        self.weight = weight
+        self.register_buffer("weight", torch.tensor(weight))
 
-    def forward(self, features: Tensor, content: Tensor) -> Tensor:
-        """Return the loss of features (1, C, H, W) against the content's, a scalar, before its weight."""
-        value: Tensor = self.loss(features, content)
-        return value
+    def forward(self, features: Tensor, scale: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of features (1, C, H, W) against the content's, before its weight, and its gradient."""
+        value, gradient = self.loss(features, scale, content)
+        return value, gradient
 
 
 class Objective(nn.Module):
     """What is minimized: a function of the picture, of the content's features and of where the regions are.
 
     The style's targets are buffers: they are saved with the module, and those made of moments serve any picture size.
-    What has the size of the picture is an argument: the content's targets, and the regions.
+    So are the weights, as scalars: one captured graph then serves every job of its shape. What has the size of the
+    picture is an argument: the content's targets, and the regions.
 
     Args:
         trunk: the feature model; must tap every layer that the options name.
@@ -122,10 +128,10 @@ class Objective(nn.Module):
         shares: how much each region counts; they sum to 1 if every pixel belongs to some region.
     """
 
-    content_weight: float
-    style_weight: float
-    tv_weight: float
-    laplacian_weight: float
+    content_weight: Tensor
+    style_weight: Tensor
+    tv_weight: Tensor
+    laplacian_weight: Tensor
     absolute_tv: Final[bool]
     outlined: Final[bool]
     style_layers: Final[list[str]]
@@ -140,10 +146,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk = trunk
-        self.style_weight = options.style_weight
-        self.content_weight = options.content_weight
-        self.tv_weight = options.tv_weight
-        self.laplacian_weight = options.laplacian_weight
+        for name in ("style_weight", "content_weight", "tv_weight", "laplacian_weight"):
+            self.register_buffer(name, torch.tensor(float(getattr(options, name))))
         self.absolute_tv = options.tv_norm is TvNorm.L1
         self.outlined = options.laplacian_weight > 0
         style, content = relative(options.style_layers), relative(options.content_layers)
@@ -157,6 +161,7 @@ class Objective(nn.Module):
             }
         )
         self.content = nn.ModuleDict({name: LayerComparison(content_loss(), content[name]) for name in content})
+        self.to(trunk.mean.device)
 
     def forward(self, image: Tensor, content: dict[str, Tensor], regions: dict[str, Tensor] | None = None) -> Losses:
         """Return the losses of a picture (1, 3, H, W).
@@ -167,31 +172,7 @@ class Objective(nn.Module):
             regions: layer → weights of the positions in each region, (R, H·W), each row summing to 1; None for one
                 region everywhere.
         """
-        return self._losses(image, self.trunk(image), content, regions)
-
-    def _losses(
-        self,
-        image: Tensor,
-        features: dict[str, Tensor],
-        content: dict[str, Tensor],
-        regions: dict[str, Tensor] | None,
-    ) -> Losses:
-        content_loss = torch.zeros((), device=image.device)
-        for layer, comparison in self.content.items():
-            content_loss = content_loss + comparison.weight * comparison(features[layer], content[layer])
-        style_loss = torch.zeros((), device=image.device)
-        style_losses: list[Tensor] = []
-        for layer, loss in self.style.items():
-            value = loss(features[layer], None if regions is None else regions[layer])
-            style_losses.append(value)
-            style_loss = style_loss + loss.weight * value
-        variation = total_variation(image, self.absolute_tv)
-        total = self.content_weight * content_loss + self.style_weight * style_loss + self.tv_weight * variation
-        laplacian = torch.zeros((), device=image.device)
-        if self.outlined:
-            laplacian = F.mse_loss(outlines(image), content["outlines"])
-            total = total + self.laplacian_weight * laplacian
-        return Losses(total, content_loss, variation, laplacian, torch.stack(style_losses))
+        return self.loss_and_gradient(image, content, regions)[0]
 
     @torch.jit.export
     def loss_and_gradient(
@@ -201,8 +182,8 @@ class Objective(nn.Module):
 
         Does not work under the caller's `torch.no_grad`.
         """
-        image = image.detach().requires_grad_(True)
-        return self._differentiated(image, self.forward(image, content, regions))
+        image = image.detach()
+        return self._evaluate(image, self.trunk.ascend(image), content, regions)
 
     @torch.jit.export
     def begin(
@@ -212,37 +193,69 @@ class Objective(nn.Module):
 
         For an optimization that starts from the content, (1, 3, H, W).
         """
-        image = content.detach().requires_grad_(True)
-        features = self.trunk(image)
-        targets = self._targets(image, features)
-        losses, gradient = self._differentiated(image, self._losses(image, features, targets, regions))
+        image = content.detach()
+        ascent = self.trunk.ascend(image)
+        targets = self._targets(image, ascent)
+        losses, gradient = self._evaluate(image, ascent, targets, regions)
         return targets, losses, gradient
 
     @torch.jit.export
     def content_targets(self, image: Tensor) -> dict[str, Tensor]:
-        """Return what the picture is compared with, of the content image: layer → features (1, C, H, W).
+        """Return what the picture is compared with, of the content image: layer → features (1, C, H, W), fp32.
 
         With a Laplacian weight also `outlines` → `outlines` of the image.
         """
-        return self._targets(image, self.trunk(image.detach()))
+        image = image.detach()
+        return self._targets(image, self.trunk.ascend(image))
 
-    def _targets(self, image: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        targets = {layer: features[layer].detach() for layer in self.content_layers}
+    def _targets(self, image: Tensor, ascent: list[Tensor]) -> dict[str, Tensor]:
+        features = self.trunk.tapped(ascent)
+        targets = {layer: features[layer].to(image.dtype) for layer in self.content_layers}
         if self.outlined:
-            targets["outlines"] = outlines(image.detach())
+            targets["outlines"] = outlines(image)
         return targets
 
-    def _differentiated(self, image: Tensor, losses: Losses) -> tuple[Losses, Tensor]:
-        gradient = torch.autograd.grad([losses.total], [image])[0]
-        assert gradient is not None
-        detached = Losses(
-            losses.total.detach(),
-            losses.content.detach(),
-            losses.variation.detach(),
-            losses.laplacian.detach(),
-            losses.style.detach(),
+    def _evaluate(
+        self, image: Tensor, ascent: list[Tensor], content: dict[str, Tensor], regions: dict[str, Tensor] | None
+    ) -> tuple[Losses, Tensor]:
+        """Return the losses and the gradient of a picture, given what `Trunk.ascend` made of it."""
+        features = self.trunk.tapped(ascent)
+        towards: dict[str, Tensor] = {}
+        content_loss = torch.zeros_like(self.content_weight)
+        for layer, comparison in self.content.items():
+            scale = self.content_weight * comparison.weight
+            value, towards[layer] = comparison(features[layer], scale, content[layer])
+            content_loss = content_loss + comparison.weight * value
+        style_loss = torch.zeros_like(self.style_weight)
+        style_losses: list[Tensor] = []
+        for layer, loss in self.style.items():
+            scale = self.style_weight * loss.weight
+            value, gradient = loss(features[layer], scale, None if regions is None else regions[layer])
+            towards[layer] = towards[layer].add_(gradient) if layer in towards else gradient
+            style_losses.append(value)
+            style_loss = style_loss + loss.weight * value
+        variation, laplacian, smoothing = self._smoothness(image, content)
+        total = (
+            self.content_weight * content_loss
+            + self.style_weight * style_loss
+            + self.tv_weight * variation
+            + self.laplacian_weight * laplacian
         )
-        return detached, gradient
+        losses = Losses(total, content_loss, variation, laplacian, torch.stack(style_losses))
+        return losses, self.trunk.descend(ascent, towards).add_(smoothing)
+
+    def _smoothness(self, image: Tensor, content: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the total variation, the Laplacian loss, and the gradient of both, weighted, (1, 3, H, W)."""
+        leaf = differentiable(image)
+        variation = total_variation(leaf, self.absolute_tv)
+        weighted = self.tv_weight * variation
+        laplacian = torch.zeros_like(self.laplacian_weight)
+        if self.outlined:
+            laplacian = F.mse_loss(outlines(leaf), content["outlines"])
+            weighted = weighted + self.laplacian_weight * laplacian
+        gradient = torch.autograd.grad([weighted], [leaf])[0]
+        assert gradient is not None
+        return variation.detach(), laplacian.detach(), gradient
 
 
 def script(objective: Objective) -> torch.jit.ScriptModule:

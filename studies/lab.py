@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from nst_model import ContentLoss, FeatureModel, Style, StyleLoss, StylizeOptions, from_pixels, stylize
 from nst_model.losses import CONTENT_LOSSES, POSITIONED, STYLE_LOSSES, style_targets
@@ -146,9 +146,17 @@ def _style_loss(kind: StyleLoss, style: Features) -> Loss:
     def loss(here: Features) -> Tensor:
         total = torch.zeros(())
         for layer, weight in layers.items():
-            total = total + weight * at_layers[layer](here[layer]).cpu()
+            total = total + weight * _followed(at_layers[layer], here[layer]).cpu()
         return total
 
+    return loss
+
+
+def _followed(module: nn.Module, features: Tensor, *targets: Tensor) -> Tensor:
+    """Return a loss of features as autograd can follow it, from the loss and the gradient that the module returns."""
+    with torch.enable_grad():
+        value, gradient = module(features.detach(), torch.ones(()), *targets)
+    loss: Tensor = value + (gradient * (features - features.detach())).sum()
     return loss
 
 
@@ -163,7 +171,7 @@ def _content_loss(kind: ContentLoss, content: Features) -> Loss:
     def loss(here: Features) -> Tensor:
         total = torch.zeros(())
         for layer, weight in layers.items():
-            total = total + weight * comparison(here[layer], content[layer]).cpu()
+            total = total + weight * _followed(comparison, here[layer], content[layer]).cpu()
         return total
 
     return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import scipy.linalg
@@ -13,16 +14,20 @@ from nst_model.losses import (
     STYLE_LOSSES,
     covariance,
     gram,
+    inverse_root,
     mixed_targets,
     quantiles,
-    square_roots,
     style_targets,
+    trace_of_root,
 )
 from nst_model.objective import outlines, total_variation
 from nst_model.options import ContentLoss, StyleLoss
 
 DISTRIBUTIONS = [loss for loss in StyleLoss if loss not in (StyleLoss.DIRECT, StyleLoss.CROSS)]
 """Losses that see which features there are, and not where."""
+
+
+ONE = torch.ones((), dtype=torch.float64)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -32,8 +37,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def style_loss(loss: StyleLoss, style: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Return a style loss of features against a style's features."""
-    value: torch.Tensor = STYLE_LOSSES[loss](as_double(style_targets(style, loss)))(features)
+    value: torch.Tensor = STYLE_LOSSES[loss](as_double(style_targets(style, loss)))(features, ONE)[0]
     return value
+
+
+def content_loss(loss: ContentLoss, features: torch.Tensor, content: torch.Tensor) -> float:
+    """Return a content loss of features against the content's."""
+    return float(CONTENT_LOSSES[loss]()(features, ONE, content)[0])
 
 
 def as_double(targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +104,7 @@ def test_wasserstein_of_a_style_of_one_colour(channels: int) -> None:
     loss = STYLE_LOSSES[StyleLoss.WASSERSTEIN](style_targets(style, StyleLoss.WASSERSTEIN))
     means = (features.mean(dim=(0, 2, 3)) - style[0, :, 0, 0]).square().mean()
     expected = means + covariance(features).trace() / channels
-    assert float(loss(features)) == pytest.approx(float(expected), rel=0.02)
+    assert float(loss(features, ONE.float())[0]) == pytest.approx(float(expected), rel=0.02)
 
 
 def test_weighted_quantiles_of_one_position() -> None:
@@ -103,13 +113,22 @@ def test_weighted_quantiles_of_one_position() -> None:
     assert torch.equal(found, torch.full((2, 512), 3.0))
 
 
-def test_matrix_roots() -> None:
-    """Root times root is the matrix; root times inverse is the identity."""
+def test_inverse_roots() -> None:
+    """The inverse root, squared, is the inverse; the trace of the root is the sum of the eigenvalues' roots."""
     a = random(8, 8, seed=3)
     matrix = a @ a.t() + torch.eye(8, dtype=torch.float64)
-    root, inverse = square_roots(matrix, 25)
-    torch.testing.assert_close(root @ root, matrix)
-    torch.testing.assert_close(root @ inverse, torch.eye(8, dtype=torch.float64))
+    inverse = inverse_root(matrix)
+    torch.testing.assert_close(inverse @ inverse @ matrix, torch.eye(8, dtype=torch.float64), atol=1e-5, rtol=0)
+    expected = torch.linalg.eigvalsh(matrix).sqrt().sum()
+    torch.testing.assert_close(trace_of_root(matrix), expected, atol=0, rtol=1e-6)
+
+
+def test_small_eigenvalues_are_damped_and_rounding_below_zero_does_no_harm() -> None:
+    """An eigenvalue of a millionth counts an eighth of its root; one a little below 0 gives a finite inverse."""
+    small = inverse_root(torch.tensor([1.0, 1e-6]).diag())
+    assert float(small[1, 1]) == pytest.approx(134, rel=0.02)
+    below = inverse_root(torch.tensor([1.0, -1e-6]).diag())
+    assert float(below.abs().max()) < 150
 
 
 @pytest.mark.parametrize("loss", list(StyleLoss))
@@ -144,15 +163,15 @@ def test_where_features_stand_matters_to_the_direct_ones(loss: StyleLoss) -> Non
 def test_content_losses_vanish_at_the_content(loss: ContentLoss) -> None:
     """And are positive elsewhere."""
     content = random(1, 5, 9, 9)
-    assert float(CONTENT_LOSSES[loss]()(content, content)) == pytest.approx(0, abs=1e-9)
-    assert float(CONTENT_LOSSES[loss]()(random(1, 5, 9, 9, seed=1), content)) > 1e-3
+    assert content_loss(loss, content, content) == pytest.approx(0, abs=1e-9)
+    assert content_loss(loss, random(1, 5, 9, 9, seed=1), content) > 1e-3
 
 
 def test_content_losses_by_hand() -> None:
     """Two positions, two channels: (1, 0) and (0, 1) against (1, 0) and (1, 0)."""
     content = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     features = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
-    found = {loss: float(CONTENT_LOSSES[loss]()(features, content)) for loss in ContentLoss}
+    found = {loss: content_loss(loss, features, content) for loss in ContentLoss}
     assert found == pytest.approx(
         {
             ContentLoss.SQUARED_ERROR: 2 / 4,
@@ -169,34 +188,68 @@ def test_content_losses_by_hand() -> None:
 def test_contrast_is_invisible_to_directions(loss: ContentLoss) -> None:
     """Scaling all features leaves the loss alone; the squared error sees it."""
     features, content = random(1, 5, 9, 9, seed=1), random(1, 5, 9, 9, seed=2)
-    module = CONTENT_LOSSES[loss]()
-    assert float(module(7 * features, content)) == pytest.approx(float(module(features, content)), rel=1e-6)
-    squared = CONTENT_LOSSES[ContentLoss.SQUARED_ERROR]()
-    assert float(squared(7 * features, content)) > 2 * float(squared(features, content))
+    expected = content_loss(loss, features, content)
+    assert content_loss(loss, 7 * features, content) == pytest.approx(expected, rel=1e-6)
+    bright, plain = (content_loss(ContentLoss.SQUARED_ERROR, times * features, content) for times in (7, 1))
+    assert bright > 2 * plain
 
 
 def test_scaling_each_position_is_invisible_to_the_cosine_only() -> None:
     """Light and shade: the inner product of whole maps sees them."""
     features, content = random(1, 5, 9, 9, seed=1), random(1, 5, 9, 9, seed=2)
     shaded = features * random(1, 1, 9, 9, seed=3)
-    cosine, inner = CONTENT_LOSSES[ContentLoss.COSINE](), CONTENT_LOSSES[ContentLoss.INNER_PRODUCT]()
-    assert float(cosine(shaded, content)) == pytest.approx(float(cosine(features, content)), rel=1e-6)
-    assert float(inner(shaded, content)) != pytest.approx(float(inner(features, content)), rel=1e-2)
+    cosine, cosine_shaded = (content_loss(ContentLoss.COSINE, x, content) for x in (features, shaded))
+    inner, inner_shaded = (content_loss(ContentLoss.INNER_PRODUCT, x, content) for x in (features, shaded))
+    assert cosine_shaded == pytest.approx(cosine, rel=1e-6)
+    assert inner_shaded != pytest.approx(inner, rel=1e-2)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["everywhere", "region"])
+@pytest.mark.parametrize(("height", "channels"), [(8, 4), (1, 12)], ids=["many positions", "few positions"])
 @pytest.mark.parametrize("loss", list(StyleLoss))
-def test_style_gradients_by_finite_differences(loss: StyleLoss) -> None:
-    """Central differences along random directions, float64."""
-    style, features = random(1, 4, 8, 9, seed=1), random(1, 4, 8, 9, seed=2).requires_grad_(True)
+def test_style_gradients_by_finite_differences(loss: StyleLoss, height: int, channels: int, weighted: bool) -> None:
+    """Central differences along random directions, float64; with weights of positions, and with few positions."""
+    style, features = random(1, channels, 8, 9, seed=1), random(1, channels, height, 9, seed=2)
+    weights = random(height * 9, seed=3) if weighted else None
     module = STYLE_LOSSES[loss](as_double(style_targets(style, loss)))
-    _check_gradient(module, features)
+    _check_returned_gradient(
+        lambda x, scale: module(x, scale, None if weights is None else weights / weights.sum()), features
+    )
 
 
 @pytest.mark.parametrize("loss", list(ContentLoss))
 def test_content_gradients_by_finite_differences(loss: ContentLoss) -> None:
     """Central differences along random directions, float64."""
-    content, features = random(1, 4, 8, 9, seed=1), random(1, 4, 8, 9, seed=2).requires_grad_(True)
-    _check_gradient(lambda x: CONTENT_LOSSES[loss]()(x, content), features)
+    content, features = random(1, 4, 8, 9, seed=1), random(1, 4, 8, 9, seed=2)
+    _check_returned_gradient(lambda x, scale: CONTENT_LOSSES[loss]()(x, scale, content), features)
+
+
+def in_both_precisions(loss: StyleLoss, features: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Return loss and gradient of features rounded to bf16, computed as they are and in float64."""
+    targets = style_targets(random(1, 24, 20, 20, seed=1).float(), loss)
+    here = features.bfloat16().contiguous(memory_format=torch.channels_last)
+    exact = STYLE_LOSSES[loss](as_double(targets))(here.double(), 3 * ONE)
+    return STYLE_LOSSES[loss](targets)(here, torch.tensor(3.0)), exact
+
+
+@pytest.mark.parametrize("near", [True, False], ids=["near the style", "far from it"])
+@pytest.mark.parametrize("loss", list(StyleLoss))
+def test_style_losses_of_bf16_features_are_those_of_the_same_numbers_in_float64(loss: StyleLoss, near: bool) -> None:
+    """What is rounded is the gradient and, of a moment, its distance from the style's: also where that is small."""
+    features = random(1, 24, 20, 20, seed=1) * 1.02 if near else random(1, 24, 16, 16, seed=2)
+    (value, gradient), (expected, towards) = in_both_precisions(loss, features)
+    assert value.dtype == torch.float32
+    assert gradient.dtype == torch.bfloat16
+    assert float(value) == pytest.approx(float(expected), rel=0.01, abs=1e-5)
+    assert float((gradient.double() - towards).norm()) < 0.05 * float(towards.norm())
+
+
+@pytest.mark.parametrize("loss", list(StyleLoss))
+def test_flat_features_in_bf16_have_a_loss_and_a_finite_gradient(loss: StyleLoss) -> None:
+    """A picture of one colour, as a run from gray begins with: what is left of its covariance is rounding."""
+    (value, gradient), (expected, _) = in_both_precisions(loss, random(1, 24, 1, 1, seed=3).expand(1, 24, 16, 16))
+    assert float(value) == pytest.approx(float(expected), rel=0.01)
+    assert gradient.isfinite().all()
 
 
 def test_total_variation_by_hand() -> None:
@@ -258,3 +311,15 @@ def _check_gradient(function: object, x: torch.Tensor) -> None:
         with torch.no_grad():
             slope = (function(x + step * direction) - function(x - step * direction)) / (2 * step)  # type: ignore[operator]
         assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=1e-8)
+
+
+def _check_returned_gradient(module: Any, features: torch.Tensor) -> None:
+    """Hold the gradient that a module returns, times the scale, against central differences of its loss."""
+    gradient = module(features, 3 * ONE)[1]
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(4):
+        direction = torch.randn(features.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        after, before = (float(module(features + sign * step * direction, ONE)[0]) for sign in (1, -1))
+        slope = 3 * (after - before) / (2 * step)
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=1e-8)

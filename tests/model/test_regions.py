@@ -95,8 +95,9 @@ def test_weights_of_one_and_zero_choose_positions(loss: StyleLoss) -> None:
     half = style[:, :, :, :4] if loss in (StyleLoss.DIRECT, StyleLoss.CROSS) else style
     whole = {name: tensor.double() for name, tensor in style_targets(style, loss).items()}
     targets = {name: tensor.double() for name, tensor in style_targets(half, loss).items()}
-    weighted = STYLE_LOSSES[loss](whole)(features, left.flatten())
-    alone = STYLE_LOSSES[loss](targets)(features[:, :, :, :4])
+    one = torch.ones((), dtype=torch.float64)
+    weighted, _ = STYLE_LOSSES[loss](whole)(features, one, left.flatten())
+    alone, _ = STYLE_LOSSES[loss](targets)(features[:, :, :, :4], one)
     # Quantiles between so few values are drawn a little differently.
     tolerance = 0.15 if loss is StyleLoss.SLICED else 1e-5
     assert float(weighted) == pytest.approx(float(alone), rel=tolerance)
@@ -117,8 +118,9 @@ def test_equal_weights_change_nothing(loss: StyleLoss) -> None:
     features, style = (torch.rand(1, 5, 12, 12, generator=random, dtype=torch.float64) for _ in range(2))
     module = STYLE_LOSSES[loss]({name: tensor.double() for name, tensor in style_targets(style, loss).items()})
     equal = torch.full((144,), 1 / 144, dtype=torch.float64)
-    assert float(module(features, equal)) == pytest.approx(
-        float(module(features)), rel=0.1 if loss is StyleLoss.SLICED else 1e-9
+    one = torch.ones((), dtype=torch.float64)
+    assert float(module(features, one, equal)[0]) == pytest.approx(
+        float(module(features, one)[0]), rel=0.1 if loss is StyleLoss.SLICED else 1e-9
     )
 
 
@@ -149,7 +151,7 @@ def test_regions_share_the_style_loss_by_area(tiny_model: FeatureModel, picture:
     closure = scene.closure(96, at_content=False, stop=None)
     assert closure is not None
     assert closure._regions is not None
-    (shares,) = {tuple(layer.shares) for layer in closure._objective.style.children()}
+    (shares,) = {tuple(layer.shares.tolist()) for layer in closure._objective.style.children()}
     margin = options.margin_px
     # The edge itself is not repeated: a band 12 px wide has 11 of its own and 5 of the other's in 16 px of margin.
     mirrored_px = 12 + min(margin, 11)
