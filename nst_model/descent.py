@@ -38,6 +38,8 @@ FALLBACK_RATE = 0.005
 """Adam's step size then, in units of the picture's range: the picture is nearly finished."""
 MAX_RESTARTS = 6
 """Restarts without a better picture after which the run ends."""
+PLATEAU = 10
+"""Iterations over which the option `plateau` looks at the loss."""
 AHEAD: Mapping[str, int] = {"cuda": 1}
 """Evaluations that are launched before the numbers of the last one are read, by the kind of device; 0 elsewhere.
 
@@ -221,7 +223,8 @@ class Descent:
             iterate = replace(iterate, picture=shown(self._average.of(iterate.picture)))
             self._latest = iterate
             stalled = self._watch_now.stalled(iterate, evaluation.x)
-            converged = evaluation.numbers.values[-1] == 0  # the squared norm of the gradient
+            gradient_squared = evaluation.numbers.values[-1]
+            converged = gradient_squared == 0 or self._watch_now.flat(self._options.plateau)
             if self._final and (converged or iterate.index == self._end(self.scale)):
                 reason = StopReason.CONVERGED if converged else StopReason.ITERATIONS
                 self.over = True
@@ -440,6 +443,7 @@ class _Watch:
         self.verdict = StopReason.DIVERGED
         self.converged = False
         self._since_best = 0
+        self._lowest: collections.deque[float] = collections.deque(maxlen=PLATEAU + 1)  # losses, after each iterate
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs besides the best picture, for JSON."""
@@ -448,6 +452,7 @@ class _Watch:
             "verdict": self.verdict.value,
             "converged": self.converged,
             "since_best": self._since_best,
+            "lowest": list(self._lowest),
         }
 
     def restore(self, values: Mapping[str, Any], best: Iterate | None) -> None:
@@ -456,6 +461,7 @@ class _Watch:
         self.failures, self.converged = values["failures"], values["converged"]
         self.verdict = StopReason(values["verdict"])
         self._since_best = values["since_best"]
+        self._lowest.extend(values["lowest"])
 
     @property
     def hopeful(self) -> bool:
@@ -468,8 +474,13 @@ class _Watch:
         if self.best is None or iterate.loss < self.best.loss:
             self.best, self.best_x = iterate, x
             self.failures = self._since_best = 0
+        self._lowest.append(self.best.loss)
         self.verdict = StopReason.CONVERGED
         return self._since_best >= STALL
+
+    def flat(self, part: float) -> bool:
+        """Return whether the last iterates have lowered the loss by less than a part of it."""
+        return len(self._lowest) > PLATEAU and self._lowest[-1] > (1 - part) * self._lowest[0]
 
     def failed(self, optimizer: LBFGS | Adam) -> LBFGS | Adam:
         """Return the optimizer to go on with from the best picture: the same without memory, or Adam."""

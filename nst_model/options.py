@@ -208,6 +208,9 @@ class StylizeOptions:
     curvature: Curvature = _option(
         Curvature.SPECTRAL, "What L-BFGS takes for the curvature in directions that its pairs say nothing of."
     )
+    plateau: float = _option(
+        0.0, "A scale ends early when ten iterations lower the loss by less than this part of it; 0 for never.", 0, 0.5
+    )
 
     @classmethod
     def of(cls, preset: Preset | str = Preset.FINE, **given: Any) -> StylizeOptions:

@@ -114,6 +114,7 @@ def test_every_option_survives_the_round_trip() -> None:
         laplacian_weight=3,
         deterministic=True,
         curvature="uniform",
+        plateau=0.01,
     )
     assert all(getattr(changed, name) != default_of(option) for name, option in OPTIONS.items())
     assert convert.options_from_proto(convert.options_to_proto(changed)) == changed

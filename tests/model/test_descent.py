@@ -14,7 +14,7 @@ import torch
 import nst_model
 from nst_model import FeatureModel, InvalidOption, Iterate, StopReason, Style, StylizeOptions
 from nst_model.adam import Adam
-from nst_model.descent import FALLBACK_RATE, STALL, budgets, minimize
+from nst_model.descent import FALLBACK_RATE, PLATEAU, STALL, budgets, minimize
 
 Picture = Callable[[int, int, int], torch.Tensor]
 
@@ -132,6 +132,30 @@ def test_slow_progress_is_no_stall() -> None:
     iterates = list(descend(bowl, iterations=100, optimizer="adam", learning_rate=1e-3))
     assert [iterate.index for iterate in iterates] == list(range(101))
     assert iterates[-1].stop_reason is StopReason.ITERATIONS
+
+
+def test_a_plateau_ends_the_run_and_0_never_does() -> None:
+    """When the last ten iterations have lowered the loss by less than was asked for."""
+    bowl = {"history": 5, "optimizer": "adam", "learning_rate": 1e-4}
+
+    def gain(number: int, _: float) -> float:
+        return 0.9**number if number < 15 else 0.9**15 * 0.999 ** (number - 15)
+
+    iterates = list(descend(Bowl(gain), iterations=60, plateau=0.05, **bowl))
+    lowered = [1 - after.loss / before.loss for before, after in zip(iterates, iterates[PLATEAU:], strict=False)]
+    assert [part < 0.05 for part in lowered] == [False] * (len(lowered) - 1) + [True]
+    assert iterates[-1].stop_reason is StopReason.CONVERGED
+    assert iterates[-1].work == 1
+    assert len(list(descend(Bowl(gain), iterations=60, **bowl))) == 61
+
+
+def test_a_plateau_ends_one_scale_and_the_next_begins(tiny_model: FeatureModel, picture: Picture) -> None:
+    """Indices leave out what was not made; the next scale goes on from the best picture."""
+    iterates = run(tiny_model, picture, iterations=30, first_size_px=34, plateau=0.3)
+    indices = [iterate.index for iterate in iterates]
+    assert indices[-1] < 60
+    assert 30 in indices
+    assert any(after > before + 1 for before, after in itertools.pairwise(indices))
 
 
 def test_one_nan_is_survived_by_lbfgs_and_adam() -> None:

@@ -122,6 +122,7 @@ def test_presets_are_pinned() -> None:
         "laplacian_weight": 0.0,
         "deterministic": False,
         "curvature": "spectral",
+        "plateau": 0.0,
     }
     assert {preset: dict(found.values) for preset, found in PRESETS.items()} == {
         "fine": {},

@@ -78,7 +78,7 @@ def test_a_run_broken_off_with_evaluations_ahead_is_the_same_to_the_bit(make: Ma
     undisturbed = list(whole)
     for cut in range(0, len(undisturbed) - 1, 3):
         first = make(1, **RUNS[name])
-        next(iterate for iterate in first if iterate.index == cut)
+        next(itertools.islice(first, cut, None))
         state = State.from_bytes(first.state().to_bytes())
         for ahead in (0, 1):
             second = make(ahead, **RUNS[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam", "averaging": 0.7, "iterations": 3, "first_size_px": 24},
     "noise": {"init": "noise", "iterations": 4, "first_size_px": 512, "color": "luminance", "seed": 3},
     "gatys": {"preset": "gatys", "iterations": 9},
+    "plateau": {"iterations": 30, "plateau": 0.3, "first_size_px": 24, "history": 4},
     "budgets": {"scale_iterations": (2, 1, 3), "first_size_px": 24, "padding": "replicate"},
 }
 
@@ -59,9 +61,7 @@ def test_a_run_taken_up_again_is_the_same_to_the_bit(make: Make, name: str) -> N
     undisturbed = [(iterate, whole.best) for iterate in whole]
     for cut in range(len(undisturbed) - 1):
         first = make(**RUNS[name])
-        for iterate in first:
-            if iterate.index == cut:
-                break
+        next(itertools.islice(first, cut, None))
         second = make(**RUNS[name])
         second.restore(kept(first))
         assert second.best is not None
