@@ -26,6 +26,7 @@ from nst_model.adam import Adam
 from nst_model.errors import InvalidImage
 from nst_model.graphs import Recorded
 from nst_model.lbfgs import LBFGS
+from nst_model.memory import Memory, full_memory
 from nst_model.objective import Losses, interpreted
 from nst_model.options import Curvature, Optimizer, StylizeOptions
 from nst_model.state import State
@@ -140,6 +141,7 @@ class Descent:
         options: optimizer, iterations, history, averaging.
         pixels: how much work an iteration at each scale is, in proportion.
         stop: looked at between evaluations, from any thread.
+        memory: of L-BFGS; what the options ask for if None.
 
     Attributes:
         closure: the objective of that scale; whoever iterates sets it.
@@ -148,8 +150,15 @@ class Descent:
         picture: (1, 3, H, W), what to begin the next scale with, once one has ended.
     """
 
-    def __init__(self, options: StylizeOptions, pixels: Sequence[float], stop: threading.Event | None) -> None:
+    def __init__(
+        self,
+        options: StylizeOptions,
+        pixels: Sequence[float],
+        stop: threading.Event | None,
+        memory: Memory | None = None,
+    ) -> None:
         self._options = options
+        self._memory = memory or full_memory(options)
         self._stop = stop
         self._pixels = list(pixels)
         self._budgets = budgets(options, len(pixels))
@@ -365,7 +374,8 @@ class Descent:
         if self._options.optimizer is Optimizer.ADAM:
             return Adam(start, self._options.learning_rate)
         spectral = self._options.curvature is Curvature.SPECTRAL
-        return LBFGS(start, min(self._options.history, budget), spectral=spectral)
+        stored = torch.bfloat16 if self._memory.number_bytes < start.element_size() else None
+        return LBFGS(start, min(self._memory.pairs, budget), stored=stored, spectral=spectral)
 
     def _read(self, evaluation: _Evaluation) -> Iterate | None:
         """Return the next iterate, None if it is not finite."""

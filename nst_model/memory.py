@@ -5,6 +5,8 @@ The two that count grow with the picture: the activations that the backward pass
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from nst_model.architecture import Architecture
 from nst_model.options import Curvature, Optimizer, Precision, StyleLoss, StylizeOptions
 
@@ -26,8 +28,50 @@ SPECTRAL_PICTURES = 10
 SLICED_COPIES = 10
 """Arrays of the size of the largest style layer that the sliced loss sorts."""
 
+LEAST_PAIRS = 10
+"""For want of memory L-BFGS remembers no fewer, unless fewer were asked for."""
 
-def peak_bytes(options: StylizeOptions, height: int, width: int, architecture: Architecture) -> int:
+
+class Memory(NamedTuple):
+    """How L-BFGS remembers: so many pairs, each number in so many bytes, 4 (fp32) or 2 (bf16)."""
+
+    pairs: int
+    number_bytes: int
+
+    @property
+    def picture_bytes(self) -> int:
+        """What it takes for each number of a picture."""
+        return 2 * self.pairs * self.number_bytes
+
+
+def full_memory(options: StylizeOptions) -> Memory:
+    """Return the memory that the options ask for."""
+    return Memory(options.history, 4)
+
+
+def least_memory(options: StylizeOptions) -> Memory:
+    """Return the smallest memory that a stylization makes do with."""
+    return Memory(min(options.history, LEAST_PAIRS), 2)
+
+
+def fitting_memory(
+    options: StylizeOptions, height: int, width: int, architecture: Architecture, limit_bytes: float
+) -> Memory:
+    """Return the best memory with which a stylization takes no more than a limit: first in bf16, then of fewer pairs.
+
+    The least, if even that is too much. The arguments are those of `peak_bytes`.
+    """
+    full, least = full_memory(options), least_memory(options)
+    if peak_bytes(options, height, width, architecture) <= limit_bytes:
+        return full
+    left = limit_bytes - peak_bytes(options, height, width, architecture, Memory(0, 2))
+    pairs = int(left // (3 * _pixels(options, height, width) * Memory(1, 2).picture_bytes))
+    return Memory(max(least.pairs, min(pairs, full.pairs)), 2)
+
+
+def peak_bytes(
+    options: StylizeOptions, height: int, width: int, architecture: Architecture, memory: Memory | None = None
+) -> int:
     """Return about how much memory a stylization takes at most, beside the feature model, in bytes.
 
     Rather too much than too little: measured peaks are between half of it and all of it (`benchmarks/memory.py`).
@@ -37,8 +81,8 @@ def peak_bytes(options: StylizeOptions, height: int, width: int, architecture: A
         height: of the finished picture, pixels.
         width: of the finished picture, pixels.
         architecture: of the feature model.
+        memory: of L-BFGS, if it is not the full one.
     """
-    pixels = (height + 2 * options.margin_px) * (width + 2 * options.margin_px)
     named = {
         layer
         for layers in (options.style_layers, options.content_layers)
@@ -53,13 +97,13 @@ def peak_bytes(options: StylizeOptions, height: int, width: int, architecture: A
     numbers = ACTIVATION_COPIES * sum(channels) + WORKING_COPIES * max(channels)
     if options.style_loss is StyleLoss.SLICED:
         numbers += SLICED_COPIES * max(channels)
-    pictures = PICTURES
+    picture_bytes = 4 * PICTURES
     if options.optimizer is Optimizer.LBFGS:
-        pictures += 2 * options.history
-        pictures += SPECTRAL_PICTURES if options.curvature is Curvature.SPECTRAL else 0
+        picture_bytes += (memory or full_memory(options)).picture_bytes
+        picture_bytes += 4 * SPECTRAL_PICTURES if options.curvature is Curvature.SPECTRAL else 0
     else:
-        pictures += 2  # Adam's moments
-    return round(FIXED_BYTES + pixels * (numbers * value_bytes + 3 * 4 * pictures))
+        picture_bytes += 4 * 2  # Adam's moments
+    return round(FIXED_BYTES + _pixels(options, height, width) * (numbers * value_bytes + 3 * picture_bytes))
 
 
 def largest_size_px(
@@ -67,16 +111,20 @@ def largest_size_px(
 ) -> int:
     """Return the largest longer edge, in pixels, at which a picture of these proportions takes no more than a limit.
 
-    0 if there is none.
+    With the least memory of L-BFGS; 0 if there is none.
     """
     longer = max(height, width)
 
     def fits(size: int) -> bool:
         rows, columns = (max(1, round(edge * size / longer)) for edge in (height, width))
-        return peak_bytes(options, rows, columns, architecture) <= limit_bytes
+        return peak_bytes(options, rows, columns, architecture, least_memory(options)) <= limit_bytes
 
     small, large = 0, longer
     while small < large:
         middle = (small + large + 1) // 2
         small, large = (middle, large) if fits(middle) else (small, middle - 1)
     return small
+
+
+def _pixels(options: StylizeOptions, height: int, width: int) -> int:
+    return (height + 2 * options.margin_px) * (width + 2 * options.margin_px)

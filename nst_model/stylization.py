@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from nst_model.color import gray, moments, recolored, with_luminance
 from nst_model.descent import Closure, Descent, Iterate
-from nst_model.devices import deterministic, resolve_device, resolve_precision
+from nst_model.devices import deterministic, memory_bytes, resolve_device, resolve_precision
 from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
+from nst_model.memory import Memory, fitting_memory
 from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
 from nst_model.objective import Objective, interpreted, script
 from nst_model.options import (
@@ -83,10 +84,12 @@ class FeatureModel:
     Args:
         weights: what `load_weights` returns.
         device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
+        memory_bytes: what a stylization may take of the device's memory; 0 for what it has.
     """
 
-    def __init__(self, weights: FeatureWeights, device: str | torch.device = "auto") -> None:
+    def __init__(self, weights: FeatureWeights, device: str | torch.device = "auto", memory_bytes: int = 0) -> None:
         self.weights = weights
+        self._memory_bytes = memory_bytes
         self.device = resolve_device(str(device))
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # else convolutions in FP32 keep 10 bits of their 23
@@ -95,6 +98,11 @@ class FeatureModel:
     def precision(self, options: StylizeOptions) -> Precision:
         """Return the arithmetic that `options` lead to on this device: FP32 or BF16."""
         return resolve_precision(options.precision, self.device)
+
+    def memory(self, options: StylizeOptions, height: int, width: int) -> Memory:
+        """Return how L-BFGS shall remember, for a picture of that size to fit."""
+        limit = self._memory_bytes or memory_bytes(self.device)
+        return fitting_memory(options, height, width, self.weights.architecture, limit)
 
     def trunk(self, options: StylizeOptions) -> Trunk:
         """Return the trunk that yields every layer that the options name."""
@@ -244,7 +252,8 @@ class Stylization:
         with self._repeatable():
             self._scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
         self._edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
-        self._descent = Descent(options, self._pixels(), stop)
+        self._memory = model.memory(options, *content.shape[1:])
+        self._descent = Descent(options, self._pixels(), stop, self._memory)
 
     def __iter__(self) -> Iterator[Iterate]:
         """Yield the iterates that are left; see `stylize`."""
@@ -302,7 +311,7 @@ class Stylization:
         if state.values["edges"] != self._edges or dataclasses.replace(self.options, **same) != kept:
             raise DamagedState("the kept state is that of a run with other options or pictures")
         self.options = self._scene.options = kept
-        self._descent = Descent(kept, self._pixels(), self._stop)
+        self._descent = Descent(kept, self._pixels(), self._stop, self._memory)
         self._descent.restore(state.to(self._model.device))
 
     def _pixels(self) -> list[int]:

@@ -24,7 +24,7 @@ import structlog
 
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
-from nst_model.memory import largest_size_px, peak_bytes
+from nst_model.memory import largest_size_px, least_memory, peak_bytes
 from nst_model.options import plain, steered
 from nst_server import images
 from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
@@ -410,7 +410,7 @@ class Application:
     def _check_memory(self, options: StylizeOptions, height: int, width: int, card: ModelCard) -> None:
         """Refuse a job that cannot fit, rather than let it fail after it has waited."""
         limit = self._settings.memory_gib * GIB or self.scheduler.memory_bytes()
-        needed = peak_bytes(options, height, width, card.architecture)
+        needed = peak_bytes(options, height, width, card.architecture, least_memory(options))
         if limit and needed > limit:
             fitting = largest_size_px(options, height, width, card.architecture, limit)
             raise InvalidField(

@@ -35,6 +35,7 @@ class WorkerConfig:
         grams_max_bytes: its size limit.
         blobs: where checkpoints are kept, as `Blobs.open` takes it; None for nowhere.
         checkpoint_interval_s: a running task's state is kept this often at most, seconds.
+        memory_bytes: what a task may take of the device's memory; 0 for what it has.
     """
 
     device: str
@@ -45,6 +46,7 @@ class WorkerConfig:
     grams_max_bytes: int
     blobs: Path | str | None = None
     checkpoint_interval_s: float = 5.0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

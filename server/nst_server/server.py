@@ -224,6 +224,7 @@ class Server:
                 grams_max_bytes=settings.gram_cache_mib * 1024 * 1024,
                 blobs=None if settings.ephemeral else self._blobs,
                 checkpoint_interval_s=settings.checkpoint_interval_s,
+                memory_bytes=int(settings.memory_gib * 2**30),
             )
         )
         self.executors.append(executor)

@@ -115,7 +115,7 @@ class Worker:
         """Return a feature model on this worker's device, loaded once."""
         if name not in self._models:
             weights = load_weights(name, self._config.weights.get(name))
-            self._models[name] = FeatureModel(weights, self._device)
+            self._models[name] = FeatureModel(weights, self._device, self._config.memory_bytes)
         return self._models[name]
 
     def run(self, task: Task, control: Control) -> Ending:

@@ -246,3 +246,23 @@ def test_sixteen_bits_round_and_clip_too() -> None:
     assert deep.tolist() == [[[0, 65535, 65535], [32768, 32761, 0]]]
     levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16, 1).repeat(1, 1, 3).numpy()
     assert (nst_model.to_pixels(nst_model.from_pixels(levels), bits=16) == levels.astype("uint16") * 257).all()
+
+
+def test_where_memory_is_short_pairs_are_fewer_and_in_bf16(tiny_weights: Any, picture: Picture) -> None:
+    """And the run ends about as well."""
+    ends = []
+    for memory_bytes in (0, 1):
+        model = FeatureModel(tiny_weights, "cpu", memory_bytes)
+        options = StylizeOptions.of("gatys", iterations=40, precision="fp32")
+        making = nst_model.stylization.Stylization(model, picture(36, 28, 1), [Style(picture(32, 40, 2))], options)
+        iterates = iter(making)
+        for _ in range(21):
+            next(iterates)
+        pairs = making.state().tensors["optimizer.pairs"]
+        if memory_bytes:
+            assert (len(pairs[0]), pairs.dtype) == (10, torch.bfloat16)
+        else:
+            assert len(pairs[0]) > 10
+            assert pairs.dtype is torch.float32
+        ends.append(list(iterates)[-1].loss)
+    assert ends[1] == pytest.approx(ends[0], rel=0.2)

@@ -11,7 +11,15 @@ import pytest
 from nst.v1 import job_pb2, style_transfer_service_pb2
 from nst_model import StylizeOptions
 from nst_model.architecture import VGG16, VGG19
-from nst_model.memory import FIXED_BYTES, largest_size_px, peak_bytes
+from nst_model.memory import (
+    FIXED_BYTES,
+    Memory,
+    fitting_memory,
+    full_memory,
+    largest_size_px,
+    least_memory,
+    peak_bytes,
+)
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -60,8 +68,32 @@ def test_what_grows_is_reckoned_with() -> None:
 def test_the_largest_size_is_the_largest() -> None:
     """It fits, and one pixel more does not; where nothing fits it is 0."""
     options, limit = StylizeOptions(), 2 * 2**30
+    least = least_memory(options)
     found = largest_size_px(options, 3000, 4000, VGG16, limit)
-    assert peak_bytes(options, round(found * 3 / 4), found, VGG16) <= limit
-    assert peak_bytes(options, round((found + 2) * 3 / 4), found + 2, VGG16) > limit
+    assert peak_bytes(options, round(found * 3 / 4), found, VGG16, least) <= limit
+    assert peak_bytes(options, round((found + 2) * 3 / 4), found + 2, VGG16, least) > limit
     assert largest_size_px(options, 3000, 4000, VGG16, FIXED_BYTES / 2) == 0
     assert largest_size_px(options, 30, 40, VGG16, limit) == 40
+
+
+def test_the_memory_of_lbfgs_is_what_fits() -> None:
+    """All pairs in fp32, then all in bf16, then as many as fit, and never fewer than ten unless asked for."""
+    options = StylizeOptions(history=100)
+    size = (768, 1024, VGG16)
+
+    def limit(memory: Memory) -> int:
+        return peak_bytes(options, *size, memory)
+
+    assert fitting_memory(options, *size, limit(Memory(100, 4))) == full_memory(options) == (100, 4)
+    assert fitting_memory(options, *size, limit(Memory(100, 4)) - 1) == (100, 2)
+    assert fitting_memory(options, *size, limit(Memory(60, 2))) == (60, 2)
+    assert fitting_memory(options, *size, limit(Memory(60, 2)) - 100) == (59, 2)
+    assert fitting_memory(options, *size, 1) == least_memory(options) == (10, 2)
+    assert fitting_memory(StylizeOptions(history=4), *size, 1) == (4, 2)
+
+
+async def test_a_job_that_fits_with_less_memory_of_lbfgs_ends_well(serve: Callable[..., Any], ask: Ask) -> None:
+    """It is not refused for what it can do without."""
+    _, client = await serve(memory_gib=MEMORY_GIB)
+    told = await client.told(ask(size_px=128, history=1000, iterations=12, first_size_px=512))
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
