@@ -41,7 +41,10 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	cd client/node && npm run --silent format
 
+# docs/performance.md: out/bench/speed.json, its tables and plots; then all that is not about speed alone.
 bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.speed --out out/bench
+	$(BIN)/python -m benchmarks.report out/bench/speed.json
 	$(BIN)/python benchmarks/run.py
 
 # The pictures, plots and numbers of docs/studies; STUDIES="--size 128" looks faster.

@@ -140,6 +140,21 @@ def worker_pid(server_pid: int) -> int:
     return max(children(server_pid), key=memory_mib)
 
 
+async def overhead(device: str, size_px: int, iterations: int, rounds: int) -> dict[str, float]:
+    """Return the seconds of an iteration alone and streamed with a frame each, interleaved, and what that adds."""
+    core = Core(device, size_px, iterations)
+    alone: list[float] = []
+    served: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, running_server(device, Path(folder)) as (address, _):
+        async with AsyncClient(address) as client:
+            await streamed(client, size_px, WARM_UP + 1)
+            for _ in range(rounds):
+                alone += await asyncio.to_thread(core.iteration_seconds)
+                served += (await streamed(client, size_px, iterations))[0]
+    alone_s, served_s = statistics.median(alone), statistics.median(served)
+    return {"size_px": size_px, "alone_s": alone_s, "served_s": served_s, "added": served_s / alone_s - 1}
+
+
 async def measure(device: str, size_px: int, iterations: int, rounds: int) -> list[str]:
     """Return the table's lines."""
     core = Core(device, size_px, iterations)

@@ -39,9 +39,9 @@ def as_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
-def as_features(rows: Tensor, shape: list[int]) -> Tensor:
-    """Return positions by channels (H·W, C) as features of `shape`, (1, C, H, W), in the memory format of the trunk."""
-    return rows.view(1, shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+def as_features(rows: Tensor, like: Tensor) -> Tensor:
+    """Return positions by channels (H·W, C) as features (1, C, H, W), of the shape of others, channels innermost."""
+    return rows.view(1, like.shape[2], like.shape[3], like.shape[1]).permute(0, 3, 1, 2)
 
 
 def mean_row(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -118,16 +118,16 @@ def moments(rows: Tensor, weights: Tensor | None, expected: Tensor) -> tuple[Ten
     return differentiable(mean), differentiable(gram_near(centred, weights, guess)), centred
 
 
-def through_gram(slope: Tensor, rows: Tensor, weights: Tensor | None, shape: list[int]) -> Tensor:
-    """Return a function's gradient towards features of `shape`, given its symmetric slope in their Gram matrix."""
+def through_gram(slope: Tensor, rows: Tensor, weights: Tensor | None, features: Tensor) -> Tensor:
+    """Return a function's gradient towards features, given its symmetric slope in the Gram matrix of their rows."""
     share = 1.0 / rows.shape[0] if weights is None else 1.0
-    return as_features(weighted(rows @ (2 * share * slope).to(rows.dtype), weights), shape)
+    return as_features(weighted(rows @ (2 * share * slope).to(rows.dtype), weights), features)
 
 
 def through_moments(
-    value: Tensor, found: tuple[Tensor, Tensor, Tensor], weights: Tensor | None, shape: list[int]
+    value: Tensor, found: tuple[Tensor, Tensor, Tensor], weights: Tensor | None, features: Tensor
 ) -> Tensor:
-    """Return a function's gradient towards features of `shape`, given its value as autograd can follow it to `moments`.
+    """Return a function's gradient towards features, given its value as autograd can follow it to `moments`.
 
     `found` is what they returned. What the rows' mean does to the covariance cancels: the rows about it sum to 0.
     """
@@ -139,7 +139,7 @@ def through_moments(
     share = 1.0 / centred.shape[0] if weights is None else 1.0
     slope = (share * (by_covariance + by_covariance.t())).to(centred.dtype)
     gradient = torch.addmm((share * by_mean).to(centred.dtype), centred, slope)
-    return as_features(weighted(gradient, weights), shape)
+    return as_features(weighted(gradient, weights), features)
 
 
 def through_autograd(value: Tensor, features: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,8 @@ def inverse_root(matrix: Tensor) -> Tensor:
         inverse = step @ inverse if number > 0 else step
         if number + 1 < len(steps):
             root = root @ step
-    return inverse / norm.sqrt()
+    scaled: Tensor = inverse / norm.sqrt()
+    return scaled
 
 
 def trace_of_root(matrix: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class GramLoss(nn.Module):
         rows = as_rows(features)
         difference = gram_near(rows, weights, self.gram) - self.gram
         slope = 2 * scale / difference.numel() * difference
-        return difference.square().mean(), through_gram(slope, rows, weights, features.shape)
+        return difference.square().mean(), through_gram(slope, rows, weights, features)
 
 
 class CovarianceLoss(nn.Module):
@@ -257,7 +258,7 @@ class CovarianceLoss(nn.Module):
         difference = gram_near(rows, weights, self.gram) - torch.outer(mean, mean) - self.covariance
         slope = 2 * scale / difference.numel() * difference
         centred = rows - mean.to(rows.dtype)
-        return difference.square().mean(), through_gram(slope, centred, weights, features.shape)
+        return difference.square().mean(), through_gram(slope, centred, weights, features)
 
 
 class MeanStdLoss(nn.Module):
@@ -278,7 +279,7 @@ class MeanStdLoss(nn.Module):
         mean, covariance, _ = found
         std = (covariance.diagonal().clamp_min(0) + 1e-8).sqrt()
         value = F.mse_loss(mean, self.mean) + F.mse_loss(std, self.std)
-        return value.detach(), through_moments(scale * value, found, weights, features.shape)
+        return value.detach(), through_moments(scale * value, found, weights, features)
 
 
 class WassersteinLoss(nn.Module):
@@ -312,7 +313,7 @@ class WassersteinLoss(nn.Module):
         overlap = trace_of_root(self.root @ covariance @ self.root)
         spread = covariance.trace() + self.variance - 2 * overlap
         value = F.mse_loss(mean, self.mean) + spread / rows.shape[1]
-        return value.detach(), through_moments(scale * value, found, weights, features.shape)
+        return value.detach(), through_moments(scale * value, found, weights, features)
 
     def _by_positions(self, features: Tensor, scale: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the same where there are fewer positions than channels, as at coarse scales.

@@ -79,9 +79,10 @@ class Stage(nn.Module):
         if self.pooling == "max":
             pooled, chosen = torch.ops.aten.max_pool2d_with_indices(below, [2, 2], [2, 2])
             towards = self._through_convolution(towards, pooled)
-            return torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
                 towards, below, [2, 2], [2, 2], [0, 0], [1, 1], False, chosen
             )
+            return gradient
         pooled = self._pool(below)
         towards = self._through_convolution(towards, pooled)
         if self.pooling == "l2":
@@ -92,10 +93,12 @@ class Stage(nn.Module):
     def _through_convolution(self, towards: Tensor, x: Tensor) -> Tensor:
         """Return the gradient towards the convolution's input, of which only the shape counts."""
         padding, ones = [self.padding, self.padding], [1, 1]
-        # The third and later results, gradients of weight and bias, are not asked for.
-        return torch.ops.aten.convolution_backward(
+        # Of the three gradients, towards input, weight and bias, the first is asked for.
+        found, _, _ = torch.ops.aten.convolution_backward(
             towards, x, self.weight, None, ones, padding, ones, False, [0, 0], 1, [True, False, False]
-        )[0]
+        )
+        gradient: Tensor = found
+        return gradient
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.pooling == "average":
@@ -138,7 +141,7 @@ class Trunk(nn.Module):
         x = image - self.mean
         if self.replicate:
             x = replicated(x)
-        x = x.to(self.stages[0].weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.stages[0].weight.dtype).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
         found = [x]
         for stage in self.stages:
             x = stage(x)

@@ -223,13 +223,13 @@ class Objective(nn.Module):
         towards: dict[str, Tensor] = {}
         content_loss = torch.zeros_like(self.content_weight)
         for layer, comparison in self.content.items():
-            scale = self.content_weight * comparison.weight
+            scale = self.content_weight * comparison.weight  # type: ignore[operator]
             value, towards[layer] = comparison(features[layer], scale, content[layer])
             content_loss = content_loss + comparison.weight * value
         style_loss = torch.zeros_like(self.style_weight)
         style_losses: list[Tensor] = []
         for layer, loss in self.style.items():
-            scale = self.style_weight * loss.weight
+            scale = self.style_weight * loss.weight  # type: ignore[operator]
             value, gradient = loss(features[layer], scale, None if regions is None else regions[layer])
             towards[layer] = towards[layer].add_(gradient) if layer in towards else gradient
             style_losses.append(value)
