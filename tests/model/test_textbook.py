@@ -88,6 +88,7 @@ def test_losses_and_gradient_agree(
         style_layers={"relu1_2": 2, "relu3_1": 1, "relu5_1": 0.5},
         content_layers={"relu2_2": 1, "relu4_2": 3},
         pooling=pooling,
+        precision=Precision.FP32,
     )
     image, content, style = (picture(height, width, seed)[None] for seed in (5, 6, 7))
     objective = tiny_model.objective([tiny_model.style_targets(Style(style[0]), options)], options)
