@@ -27,7 +27,15 @@ from nst_model.cache import cached_file, published_sha256
 from nst_model.memory import largest_size_px, peak_bytes
 from nst_model.options import plain, steered
 from nst_server import images
-from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
+from nst_server.errors import (
+    InvalidField,
+    JobEnded,
+    ModelNotFetched,
+    Moved,
+    NotFound,
+    QueueFull,
+    RequestError,
+)
 from nst_server.frames import PreviewSpec
 from nst_server.gram_cache import GramCache
 from nst_server.images import Encoding, ImageFormat
@@ -79,7 +87,9 @@ class Application:
         self._alone = not settings.database  # the data folder is locked
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, Job] = {}  # those that have not ended
-        self._accepting: set[asyncio.Task[Job]] = set()
+        self._accepting: set[asyncio.Task[tuple[Job, bool]]] = set()
+        self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by request_id
+        self._obeying: set[str] = set()  # jobs, of which another server wants something
         self._elsewhere: weakref.WeakSet[Job] = weakref.WeakSet()  # other servers' that are watched here
         self.scheduler = Scheduler(settings.queue_size, ledger, self._load)
         self._max_pixels = settings.max_megapixels * 1_000_000
@@ -120,9 +130,12 @@ class Application:
         self._stopped = True
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
-    async def create_job(self, request: JobRequest, caller: str = "", *, owned: bool = False) -> Job:
-        """Check a request for which a place is held, and queue its job; return the one it made if it came before.
+    async def create_job(
+        self, request: JobRequest, caller: str = "", *, owned: bool = False, full: QueueFull | None = None
+    ) -> tuple[Job, bool]:
+        """Check a request for which a place is held, and queue its job; return it and True.
 
+        If the request made a job before, return that one and False: `full` says that there is no place for another.
         The jobs that wait of each `caller` take turns with those of others.
         Who is cancelled while the job is being stored leaves it to go on, or, if it is `owned`, to be cancelled.
         Raises RequestError, having started nothing.
@@ -130,8 +143,27 @@ class Application:
         request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
         described, files = request.stored()
         sha256 = fingerprint(described)
-        if request.request_id and (there := await self._ledger.find(EVERYBODY, request.request_id, sha256)):
-            return await self._known(there)
+        if not request.request_id:
+            if full:
+                raise full
+            return await self._create(request, described, files, sha256, caller, owned=owned)
+        async with self._asking.setdefault(request.request_id, asyncio.Lock()):  # it may be on its way already
+            if there := await self._ledger.find(EVERYBODY, request.request_id, sha256):
+                return await self._known(there), False
+            if full:
+                raise full
+            return await self._create(request, described, files, sha256, caller, owned=owned)
+
+    async def _create(
+        self,
+        request: JobRequest,
+        described: dict[str, Any],
+        files: Mapping[str, bytes],
+        sha256: str,
+        caller: str,
+        *,
+        owned: bool,
+    ) -> tuple[Job, bool]:
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
         for name, data in files.items():
@@ -143,27 +175,30 @@ class Application:
         self._accepting.add(accepting := asyncio.create_task(self._accept(job, described, sha256, list(files))))
         accepting.add_done_callback(self._accepting.discard)
         try:
-            return await self._known(await asyncio.shield(accepting))
+            job, new = await asyncio.shield(accepting)
+            return await self._known(job), new
         except asyncio.CancelledError:  # what is being written will be there nevertheless
             accepting.add_done_callback(functools.partial(self._left, owned=owned))
             raise
 
-    async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> Job:
-        """Store a new job and queue it; return it, or the one that is there for its `request_id`."""
+    async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> tuple[Job, bool]:
+        """Store a new job and queue it; return it, or the one that is there for its `request_id` and False."""
         record, new = await self._ledger.create(job.now, request, sha256, images, EVERYBODY)
         if not new:
-            return self._ledger.job(record)
+            return self._ledger.job(record), False
         if self.scheduler.stopping:  # the next server has it
             job.lost(STOPPING)
         else:
             self._hold(job)
             self.scheduler.submit(job)
-        return job
+        return job, True
 
-    def _left(self, accepting: asyncio.Task[Job], *, owned: bool) -> None:
+    def _left(self, accepting: asyncio.Task[tuple[Job, bool]], *, owned: bool) -> None:
         """Note that the caller of a job left before it was stored."""
         if not accepting.cancelled() and accepting.exception() is None and owned:
-            self.cancel(accepting.result())
+            job, new = accepting.result()
+            if new:
+                self.cancel(job)
 
     async def get_job(self, name: str) -> Job:
         """Return a job. Raises NotFound."""
@@ -183,6 +218,7 @@ class Application:
         Raises NotFound, JobEnded, InvalidField, QueueFull, Stopping.
         """
         job = await self.get_job(name)
+        job.check()
         if job.state.terminal:
             raise JobEnded(f"{job.name} is {job.state} and changes no more")
         options = self.scheduler.options(job)
@@ -194,7 +230,7 @@ class Application:
                 raise InvalidField(f"options.{error.field}", error.reason) from error
         if job.elsewhere:
             await self._ledger.command(job, {UPDATE: dataclasses.asdict(update)})
-            return job
+            return await self.get_job(name)
         done = []
         if update.finish:  # first what may be refused
             done.append(self.scheduler.finish(job))
@@ -220,6 +256,7 @@ class Application:
                 async for _ in events:
                     continue
             return await self.get_job(name)
+        job.check()
         self.scheduler.cancel(job)
         await job.ended()
         job.check()
@@ -265,7 +302,8 @@ class Application:
             await job.ended()
             if job.gone:
                 self.scheduler.drop(job)
-            del self._jobs[job.name]
+            if not self.scheduler.stopping:  # else it is this server's to the end, which refuses what is wanted of it
+                del self._jobs[job.name]
 
         self._jobs[job.name] = job
         self._begin(forget())
@@ -275,13 +313,15 @@ class Application:
         task.add_done_callback(self._tasks.discard)
 
     async def _claim(self, *, alone: bool) -> None:
-        for job in await self._ledger.claim(alone=alone):
+        for job, command in await self._ledger.claim(alone=alone):
             log.info("job taken up", job=job.name, state=job.state, sequence=job.now.sequence)
             self._hold(job)
             if job.state is JobState.RUNNING:
                 job.queued()
             if job.state is JobState.QUEUED:
                 self.scheduler.submit(job)
+            if command is not None:
+                self._begin(self._obey(job.name, command))
 
     async def _tend(self) -> None:
         """Prolong leases, do what callers of other servers want, and take up what those servers leave behind."""
@@ -303,15 +343,23 @@ class Application:
                 log.exception("leases not renewed")
 
     async def _obey(self, name: str, command: Mapping[str, Any]) -> None:
-        if (job := self._jobs.get(name)) is None:
+        """Carry out a command and note that; one that must wait is found again by the next renewal, or a successor."""
+        if name in self._obeying or (job := self._jobs.get(name)) is None:
             return
+        self._obeying.add(name)
         try:
             if CANCEL in command:
-                self.scheduler.cancel(job)
+                await self.cancel_job(name)
             else:
                 await self.update_job(name, JobUpdate(**command[UPDATE]))
-        except RequestError as error:  # it was checked when it was given, and the job has moved on since
+            await self._ledger.obeyed(job)
+        except (InvalidField, JobEnded) as error:  # it was checked when it was given, and the job has moved on since
             log.info("command came too late", job=name, error=str(error))
+            await self._ledger.obeyed(job)
+        except RequestError as error:
+            log.info("command must wait", job=name, error=str(error))
+        finally:
+            self._obeying.discard(name)
 
     async def _load(self, job: Job) -> None:
         """Make the spec of a job out of its stored request."""

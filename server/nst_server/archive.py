@@ -79,7 +79,8 @@ def columns(snapshot: JobSnapshot) -> dict[str, Any]:
 
 def checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what is stored of a checkpoint whose state is among the blobs."""
-    return {"key": checkpoint.key, "iteration": checkpoint.iteration, "elapsed_s": checkpoint.elapsed_s}
+    names = ("key", "iteration", "elapsed_s", "attempt")
+    return {name: getattr(checkpoint, name) for name in names}
 
 
 def checkpoint_from_json(values: Mapping[str, Any] | None) -> Checkpoint | None:

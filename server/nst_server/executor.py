@@ -136,10 +136,12 @@ class ProcessExecutor:
     async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Compute a task; see Executor."""
         assert self._running is None, "an executor computes one task at a time"
-        ending = asyncio.get_running_loop().create_future()
+        ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._running = running = _Running(task, report, ending, orders=list(orders))
         try:
             await self.ready()  # the process may have died since somebody asked
+            if ending.done():  # and its successor, too
+                return ending.result()
             await asyncio.to_thread(self._send, task, self._connection)
             running.sent = True
             for order in running.orders:

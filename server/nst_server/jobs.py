@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 10.0
 """A stream that has nothing to tell says so after this time."""
 
+EACH_STEP = 10
+"""A place in the queue nearer to the front than this is told at each step."""
+
 FOLLOW_S = 0.5
 """How often the archive is asked for news of a job on another server."""
 
@@ -232,6 +235,7 @@ class Job:
         self.every_frame = False
         self._archive = archive
         self._now = self._shown = snapshot
+        self._told_position = snapshot.queue_position
         self._before = snapshot.sequence  # events up to this one are in the archive only
         self._log: list[Event] = []
         self._picture: Picture | None = None
@@ -255,7 +259,9 @@ class Job:
         return self._now
 
     def snapshot(self) -> JobSnapshot:
-        """Return the job as far as is durable."""
+        """Return the job as far as is durable, and its place in the queue as it is."""
+        if self._shown.state is self._now.state is JobState.QUEUED:
+            return replace(self._shown, queue_position=self._now.queue_position)
         return self._shown
 
     def attempted(self, attempt: int) -> None:
@@ -313,9 +319,15 @@ class Job:
         self._enter(JobState.QUEUED, device="", precision="")
 
     def moved(self, queue_position: int) -> None:
-        """Note that the queue moved on."""
-        if queue_position != self._now.queue_position:
-            self._now = replace(self._now, queue_position=queue_position)
+        """Note that the queue moved on; an event tells of it near the front, and at each halving further back.
+
+        Every step of every job would be as many events as the square of the queue's length.
+        """
+        if queue_position == self._now.queue_position:
+            return
+        self._now = replace(self._now, queue_position=queue_position)
+        if queue_position < EACH_STEP or not self._told_position / 2 < queue_position <= self._told_position:
+            self._told_position = queue_position
             self._append(StateChanged(self._now))
 
     def written(self, events: Sequence[Event], shown: JobSnapshot) -> None:
@@ -368,7 +380,7 @@ class Job:
         if self._picture is not None:
             frames.offer(self._picture)
         try:
-            yield self._event(self._shown, after)
+            yield self._event(self.snapshot(), after)
             cursor = after
             async for event in self._past(after):
                 cursor = event.sequence  # it may be one that has come since
@@ -445,6 +457,7 @@ class Job:
     def _enter(self, state: JobState, **changes: Any) -> None:
         assert not self.state.terminal, f"{self.name} is {self.state} and cannot become {state}"
         self._now = replace(self._now, state=state, queue_position=0, **changes)
+        self._told_position = 0
         self._append(StateChanged(self._now))
 
     def _end(self, state: JobState, **changes: Any) -> None:

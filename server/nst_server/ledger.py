@@ -8,7 +8,7 @@ import hashlib
 import io
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,7 @@ from nst_server.errors import (
     RequestIdReused,
     StorageDamaged,
 )
-from nst_server.jobs import Event, Job, JobSnapshot, JobState
+from nst_server.jobs import FOLLOW_S, Event, Job, JobSnapshot, JobState
 from nst_server.journal import Journal, patiently
 from nst_server.messages import Checkpoint
 from nst_server.requests import JobRequest
@@ -36,6 +36,9 @@ log = structlog.get_logger()
 
 LEASE_S = 15.0
 """A server that has not renewed its leases for so long is taken for dead, and another takes its jobs."""
+
+OBEDIENCE_S = 2 * LEASE_S
+"""How long a command for another server may take to be obeyed: by then its successor would have done it."""
 
 
 class Ledger:
@@ -148,22 +151,41 @@ class Ledger:
         records = await self.store.list(caller, [state.value for state in states], page_size, before)
         return [self.job(record) for record in records]
 
-    async def claim(self, *, alone: bool) -> list[Job]:
+    async def claim(self, *, alone: bool) -> list[tuple[Job, Mapping[str, Any] | None]]:
         """Take the jobs that servers that are gone have left, and return them, the oldest first.
+
+        Each comes with the command that was left for it and not obeyed, if any.
 
         `alone` says that no other server can be using the store: then nobody's lease needs to run out.
         """
         found = await self.store.claim(self.owner, _in(LEASE_S), None if alone else datetime.now(UTC))
-        return [self.job(record) for record in found]
+        return [(self.job(record), record.command) for record in found]
 
     async def renew(self) -> dict[str, Any]:
         """Prolong the leases of this server's jobs; return their names, each with the command left for it, if any."""
         return {f"jobs/{id}": command for id, command in (await self.store.renew(self.owner, _in(LEASE_S))).items()}
 
     async def command(self, job: Job, command: dict[str, Any]) -> None:
-        """Leave a command for the server that has a job. Raises Moved if it cannot be left now."""
-        if not await self.store.command(_id(job.name), command):
-            raise Moved(f"{job.name} is on another server, which has not carried out the last command yet")
+        """Leave a command for the server that has a job, and wait until it has been obeyed, or the job has ended.
+
+        Each command waits for the one before it. Raises Moved if no server obeys in the time that it takes to find that
+        one is gone; the command stays.
+        """
+        left = False
+        try:
+            async with asyncio.timeout(OBEDIENCE_S):
+                while True:
+                    left = left or await self.store.command(_id(job.name), command)
+                    record = await self.store.get(_id(job.name))
+                    if JobState(record.state).terminal or (left and record.command is None):
+                        return
+                    await asyncio.sleep(FOLLOW_S)
+        except TimeoutError:
+            raise Moved(f"{job.name} is on another server, which has not carried out the command yet") from None
+
+    async def obeyed(self, job: Job) -> None:
+        """Note that the command for a job was carried out."""
+        await self.store.obeyed(_id(job.name), self.owner)
 
     async def delete(self, name: str) -> None:
         """Delete a job with its events and checkpoints; its images go when nothing else holds them. Raises NotFound."""

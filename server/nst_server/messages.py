@@ -77,12 +77,14 @@ class Checkpoint:
         iteration: the last one made.
         elapsed_s: seconds spent on the task until then.
         data: the state itself, where there are no blobs to keep it in.
+        attempt: which attempt at the task it was made in.
     """
 
     key: str
     iteration: int
     elapsed_s: float
     data: bytes = b""
+    attempt: int = 0
 
 
 @dataclass(frozen=True)

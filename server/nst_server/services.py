@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 import structlog
@@ -24,7 +24,7 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, Unread
+from nst_server.errors import Internal, InvalidField, Moved, QueueFull, RequestError, Stopping, Unread
 from nst_server.frames import PreviewSpec
 from nst_server.jobs import Job
 from nst_server.library import Library
@@ -41,8 +41,30 @@ STATUS_TIMEOUT_S = 10.0
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
-_place: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("place")
-"""What the call that is being served holds in the queue."""
+ASKING = 2
+"""Requests that are received at once while the queue is full, to see whether they have made a job before."""
+
+ASKING_S = 10.0
+"""How long one of them waits for that."""
+
+
+class _Place(contextlib.ExitStack):
+    """What a call that makes a job holds until it is answered: its place in the queue.
+
+    Attributes:
+        full: why it holds none; then it may only ask for a job that it made before.
+        upload: what ends a call whose request is never complete.
+    """
+
+    full: QueueFull | None = None
+    upload: asyncio.TimerHandle
+
+    def __enter__(self) -> Self:
+        self.upload.cancel()
+        return super().__enter__()
+
+
+_place: contextvars.ContextVar[_Place] = contextvars.ContextVar("place")
 
 
 def refusing(method: Method) -> Method:
@@ -73,28 +95,45 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Holds a place in the queue for each call that makes a job, or refuses it, before its images are received.
 
     gRPC receives a request before it calls the servicer, and a few hundred requests full of images fill the memory.
+    One that was sent before needs no place. Which are those only their `request_id` tells, so with a full queue they
+    are received too, a few at a time.
     """
 
     def __init__(self, application: Application, upload_timeout_s: float) -> None:
         self._application = application
         self._upload_timeout_s = upload_timeout_s
+        self._asking = asyncio.Semaphore(ASKING)
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
         if details.method in JOB_MAKERS:
-            held = contextlib.ExitStack()
-            try:
-                held.enter_context(self._application.place())
-            except RequestError as error:
-                return _refusal(error)
-            _place.set(held)
+            held = _Place()
             # The servicer gives the place back; this is for a client that goes away before its request is complete.
             task = asyncio.current_task()
             assert task is not None
             task.add_done_callback(lambda _: held.close())
+            try:
+                await self._admit(held)
+            except RequestError as error:
+                return _refusal(error)
             # And this for one that stays and never completes it.
-            held.callback(asyncio.get_running_loop().call_later(self._upload_timeout_s, task.cancel).cancel)
+            held.upload = asyncio.get_running_loop().call_later(self._upload_timeout_s, task.cancel)
+            held.callback(held.upload.cancel)
+            _place.set(held)
         return await continuation(details)
+
+    async def _admit(self, held: _Place) -> None:
+        """Let a call hold a place, or the right to ask without one. Raises RequestError."""
+        try:
+            held.enter_context(self._application.place())
+        except QueueFull as full:
+            try:
+                async with asyncio.timeout(ASKING_S):
+                    await self._asking.acquire()
+            except TimeoutError:
+                raise full from None
+            held.callback(self._asking.release)
+            held.full = full
 
 
 def _refusal(error: RequestError) -> Any:
@@ -131,24 +170,27 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     @refusing
     async def Stylize(self, request: Any, context: Any) -> None:  # noqa: N802 - the contract's name
         """Create a job and stream its events; unless the caller wants otherwise the job ends when the call does."""
-        with _place.get():
+        with _place.get() as place:
             asked = convert.request_from_proto(request)
-            job = await self._application.create_job(asked, _caller(context), owned=asked.cancel_on_disconnect)
+            job, new = await self._application.create_job(
+                asked, _caller(context), owned=asked.cancel_on_disconnect, full=place.full
+            )
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
         except (Moved, Stopping):  # which is no wish of the caller: the job goes on
             raise
         except BaseException:
             # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.
-            if asked.cancel_on_disconnect:
+            if new and asked.cancel_on_disconnect:  # another call's job is not this one's
                 self._application.cancel(job)
             raise
 
     @refusing
     async def CreateJob(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Create a job."""
-        with _place.get():
-            job = await self._application.create_job(convert.request_from_proto(request.request), _caller(context))
+        with _place.get() as place:
+            asked = convert.request_from_proto(request.request)
+            job, _ = await self._application.create_job(asked, _caller(context), full=place.full)
         return self._described(job)
 
     @refusing

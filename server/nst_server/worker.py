@@ -405,7 +405,7 @@ class _Keeper(threading.Thread):
 
 def _checkpoint(task: StylizeTask, iteration: int, clock: _Clock) -> Checkpoint:
     key = f"checkpoints/{task.id.rpartition('/')[2]}/{task.attempt}-{iteration}"
-    return Checkpoint(key, iteration, clock.elapsed_s)
+    return Checkpoint(key, iteration, clock.elapsed_s, attempt=task.attempt)
 
 
 class _Reader(threading.Thread):

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,99 @@ async def test_a_request_id_stands_for_one_request(caller: Caller, ask: Ask) -> 
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request_id")
 
 
+async def test_a_repeated_request_needs_no_place(serve: Serve, ask: Ask) -> None:
+    """However full the queue is, it finds its job, running or waiting; a new one, and one without a name, do not."""
+    _, client = await serve(queue_size=1)
+    running, waiting = ask(**FOREVER), ask(**FOREVER)
+    running.request_id, waiting.request_id = "running", "waiting"
+    jobs = {request.request_id: await create(client, request) for request in (running, waiting)}
+    for request in (running, waiting):
+        assert (await create(client, request)).name == jobs[request.request_id].name
+        call = client.jobs.Stylize(request)
+        assert (await read_until(call, "snapshot")).snapshot.name == jobs[request.request_id].name
+        call.cancel()
+    for name in ("new", ""):
+        waiting.request_id = name
+        for refusal in (await client.refusal(create(client, waiting)), await client.refusal(waiting)):
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    # The job of CreateJob is not that of the streams that found it.
+    await asyncio.sleep(0.2)
+    for job in jobs.values():
+        assert (await get(client, job.name)).state in (QUEUED, RUNNING)
+        await cancel(client, job.name)
+
+
+async def test_many_at_once_of_one_request_are_one_job(serve: Serve, ask: Ask) -> None:
+    """Also if there are more of them than places in the queue."""
+    _, client = await serve(queue_size=1)
+    request = ask(**FOREVER)
+    request.request_id = "once"
+    jobs = await asyncio.gather(*(create(client, request) for _ in range(32)))
+    assert len({job.name for job in jobs}) == 1
+    assert await listed(client) == [jobs[0].name]
+    await cancel(client, jobs[0].name)
+
+
+async def test_a_request_that_takes_long_to_check_is_answered(
+    serve: Serve, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is for its arrival."""
+    server, client = await serve(write_timeout_s=1)
+    checked = server._application._checked
+
+    def slowly(request: Any) -> Any:
+        time.sleep(1.5)
+        return checked(request)
+
+    monkeypatch.setattr(server._application, "_checked", slowly)
+    assert (await asyncio.wait_for(create(client, ask()), 10)).state == QUEUED
+    assert (await asyncio.wait_for(client.told(ask()), 10)).job.state == SUCCEEDED
+
+
+async def test_a_server_that_stops_says_so_of_what_it_will_not_do(serve: Serve, ask: Ask, tmp_path: Path) -> None:
+    """A job that waits while its server stops can be neither changed nor cancelled there; at the next one it can."""
+    server, client = await serve()
+    running = await create(client, ask(**FOREVER))
+    await has_begun(client, running.name)
+    waiting, paused = await create(client, ask(**FOREVER)), await create(client, ask(**FOREVER))
+    await update(client, paused.name, paused=True)
+    stopping = asyncio.create_task(server.stop(3))
+    await until(lambda: server._application.scheduler.stopping)
+    for call in (
+        update(client, waiting.name, options={"content_weight": 7}),
+        update(client, waiting.name, finish=True),
+        update(client, paused.name, paused=False),
+        cancel(client, waiting.name),
+        cancel(client, paused.name),
+        delete(client, waiting.name),
+    ):
+        refusal = await asyncio.wait_for(client.refusal(call), 2)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+        assert refusal.retry_s
+    # What runs still obeys.
+    assert (await update(client, running.name, options={"content_weight": 7})).options.content_weight == 7
+    assert (await cancel(client, running.name)).state == CANCELLED
+    await stopping
+
+    _, client = await serve()
+    for job, state in ((waiting, RUNNING), (paused, PAUSED)):
+        now = await in_state(client, job.name, state)
+        assert now.options.content_weight == job.options.content_weight
+        assert (await cancel(client, job.name)).state == CANCELLED
+
+
+async def test_a_command_that_nobody_obeyed_is_found_at_the_next_start(serve: Serve, ask: Ask) -> None:
+    """Whatever kept the server that it was for from it."""
+    server, client = await serve()
+    job = await create(client, ask(**FOREVER))
+    await update(client, job.name, paused=True)
+    store = server._application._ledger.store
+    assert await store.command(job.name.removeprefix("jobs/"), {"cancel": True})
+    await server.stop(0)
+    _, client = await serve()
+    await in_state(client, job.name, CANCELLED)
+
+
 def image_stub(client: Caller) -> Any:
     """Return what calls a server's ImageService."""
     return image_service_pb2_grpc.ImageServiceStub(client.channel)
@@ -523,10 +617,12 @@ async def test_a_job_is_reached_through_another_server(
     await update(there, job.name, paused=False)
     await in_state(there, job.name, RUNNING)
     assert await listed(here) == await listed(there) == [job.name]
-    # A caller that leaves its stream at the other server ends its job.
-    again = there.jobs.Stylize(request)
-    await read_until(again, "progress")
-    again.cancel()
+    # Commands that follow one another at once are all obeyed, in their order.
+    await update(there, job.name, options={"content_weight": 7})
+    await asyncio.gather(*(update(there, job.name, options={"tv_weight": weight}) for weight in (1, 2)))
+    now = await get(here, job.name)
+    assert (now.options.content_weight, now.options.tv_weight in (1, 2)) == (7, True)
+    await cancel(there, job.name)
     told = await asyncio.wait_for(watching, 20)
     assert told.job.state == CANCELLED
     assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
@@ -542,6 +638,30 @@ async def test_a_job_is_reached_through_another_server(
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
     assert (await get(here, job.name)).state == RUNNING
     await cancel(here, job.name)
+
+
+async def test_a_server_that_drains_leaves_what_is_wanted_to_the_next(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rolling restart: what is asked of one of its jobs through another server is done there when it has gone."""
+    monkeypatch.setattr("nst_server.application.TEND_S", 0.2)
+    (first, here), (_, there) = await two(serve, store, tmp_path)
+    running = await create(here, ask(**FOREVER))
+    await has_begun(here, running.name)
+    changed, ended = await create(here, ask(**FOREVER)), await create(here, ask(**FOREVER))
+    stopping = asyncio.create_task(first.stop(2))
+    await until(lambda: first._application.scheduler.stopping)
+    wanted = asyncio.gather(
+        update(there, changed.name, options={"content_weight": 7}, paused=True), cancel(there, ended.name)
+    )
+    await asyncio.sleep(0.5)
+    assert not wanted.done(), "a server that stops has obeyed"
+    await stopping
+    updated, cancelled = await asyncio.wait_for(wanted, 20)
+    assert (updated.state, updated.options.content_weight) == (PAUSED, 7)
+    assert cancelled.state == CANCELLED
+    for job in (running, changed):
+        await cancel(there, job.name)
 
 
 async def test_whoever_watches_a_job_that_another_server_deletes_is_told(

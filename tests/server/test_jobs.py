@@ -410,6 +410,17 @@ async def test_moving_in_the_queue_is_an_event_only_if_something_moved(job: Job,
     assert positions == [2, 1, 0]
 
 
+async def test_a_long_queue_is_told_of_in_few_events(job: Job, ledger: MemoryLedger) -> None:
+    """Each step near the front, and each halving further back; the job itself always says where it is."""
+    for position in range(600, -1, -1):
+        job.moved(position)
+        assert job.snapshot().queue_position == position
+    positions = [event.payload.job.queue_position for event in ledger.stored if isinstance(event.payload, StateChanged)]
+    assert positions == [600, 300, 150, 75, 37, 18, *range(9, -1, -1)]
+    job.moved(40)
+    assert ledger.stored[-1].payload.job.queue_position == 40
+
+
 async def test_pause_and_resume_keep_what_was_done(job: Job, ledger: MemoryLedger) -> None:
     """The start's time and the progress stay; the device is given back."""
     job.attempted(1)

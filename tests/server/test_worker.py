@@ -13,12 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from google.rpc import code_pb2
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
+from nst_model import StylizeOptions
 from nst_server.executor import ExecutorUnavailable, ProcessExecutor
-from nst_server.messages import WorkerConfig
+from nst_server.messages import (
+    Cancel,
+    Cancelled,
+    Failed,
+    Message,
+    Progressed,
+    Started,
+    StyleImage,
+    StylizeTask,
+    WorkerConfig,
+)
 from tests.server.conftest import FOREVER, Told, tiny_settings, until
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
@@ -58,6 +70,35 @@ async def test_a_worker_that_refuses_to_start_is_not_replaced(tiny_weights_file:
         await executor.start()
     await until(lambda: executor.pid is None)
     assert executor._replacing is None
+    await executor.close()
+
+
+async def test_a_task_ends_once_however_many_workers_die(tiny_weights_file: Path, tmp_path: Path) -> None:
+    """One dies before the task is sent, its successor while starting: the third must not compute what has ended."""
+    executor = ProcessExecutor(WorkerConfig("cpu", 1, "vgg16", {"vgg16": tiny_weights_file}, tmp_path, 1 << 20))
+    await executor.start()
+    heard: list[Message] = []
+
+    def endless(attempt: int) -> StylizeTask:
+        pixels = np.zeros((48, 48, 3), np.uint8)
+        options = StylizeOptions.of("gatys", iterations=10_000, init="noise")
+        styles = (StyleImage(pixels, "0" * 64, 48, 1.0),)
+        return StylizeTask("jobs/a", "vgg16", pixels, styles, options, 0, attempt=attempt)
+
+    assert executor.pid is not None
+    os.kill(executor.pid, signal.SIGKILL)
+    await until(lambda: executor._replacing is not None)
+    first = asyncio.create_task(executor.run(endless(1), heard.append))
+    await until(lambda: executor.pid is not None)
+    assert executor.pid is not None
+    os.kill(executor.pid, signal.SIGKILL)
+    assert isinstance(await asyncio.wait_for(first, START_S), Failed)
+
+    again = asyncio.create_task(executor.run(endless(2), heard.append))
+    await until(lambda: any(isinstance(message, Progressed) for message in heard), START_S)
+    executor.order(Cancel("jobs/a"))
+    assert isinstance(await asyncio.wait_for(again, 5), Cancelled)
+    assert sum(isinstance(message, Started) for message in heard) == 1
     await executor.close()
 
 

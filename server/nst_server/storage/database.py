@@ -207,16 +207,12 @@ class JobStore:
         return await self._write(work)
 
     async def renew(self, owner: str, until: datetime) -> dict[str, Json | None]:
-        """Prolong every lease of an owner; return the ids of its jobs, each with the command left for it, if any.
-
-        A command is returned once.
-        """
+        """Prolong every lease of an owner; return the ids of its jobs, each with the command left for it, if any."""
 
         def work(connection: Connection) -> dict[str, Json | None]:
             mine = jobs.c.owner == owner
-            held = dict(connection.execute(select(jobs.c.id, jobs.c.command).where(mine).with_for_update()).all())
-            connection.execute(update(jobs).where(mine).values(lease_until=until, command=None))
-            return held
+            connection.execute(update(jobs).where(mine).values(lease_until=until))
+            return dict(connection.execute(select(jobs.c.id, jobs.c.command).where(mine)).all())
 
         return await self._write(work)
 
@@ -225,6 +221,11 @@ class JobStore:
         free = and_(jobs.c.id == id, jobs.c.command.is_(None), jobs.c.state.not_in(ENDED))
         statement = update(jobs).where(free).values(command=command)
         return await self._write(lambda connection: bool(connection.execute(statement).rowcount))
+
+    async def obeyed(self, id: str, owner: str) -> None:
+        """Remove the command of a job that its owner has obeyed, so that the next can be left."""
+        mine = update(jobs).where(jobs.c.id == id, jobs.c.owner.in_(("", owner)))
+        await self._write(lambda connection: connection.execute(mine.values(command=None)))
 
     async def release(self, owner: str) -> list[str]:
         """Give up every job of an owner, as it is; return their ids."""

@@ -242,8 +242,8 @@ async def test_a_lost_lease_is_claimed(store: JobStore) -> None:
     assert [record.id for record in await store.claim("w5", NOW + 99 * SECOND)] == ["a", "b", "c"]
 
 
-async def test_a_command_reaches_the_owner_once(store: JobStore) -> None:
-    """With the next renewal of its leases; a second one has to wait, and an ended job takes none."""
+async def test_a_command_stays_until_it_is_obeyed(store: JobStore) -> None:
+    """The owner hears of it with each renewal of its leases; a second one has to wait, and an ended job takes none."""
     for id in "ab":
         await store.create(job(id))
         await leased(store, id)
@@ -251,9 +251,15 @@ async def test_a_command_reaches_the_owner_once(store: JobStore) -> None:
     assert await store.command("a", {"cancel": True})
     assert not await store.command("a", {"finish": True})
     assert await store.renew("other", NOW) == {}
-    assert await store.renew("w", NOW + SECOND) == {"a": {"cancel": True}, "b": None}
+    for _ in range(2):
+        assert await store.renew("w", NOW + SECOND) == {"a": {"cancel": True}, "b": None}
+    await store.obeyed("a", "other")
+    assert not await store.command("a", {"finish": True})
+    await store.obeyed("a", "w")
     assert await store.renew("w", NOW + SECOND) == {"a": None, "b": None}
     assert await store.command("a", {"finish": True})
+    (left,) = [record for record in await store.claim("next", NOW + SECOND) if record.id == "a"]
+    assert left.command == {"finish": True}
     await store.append("b", changes={"state": "failed"})
     assert not await store.command("b", {"cancel": True})
 
