@@ -53,8 +53,8 @@ GIB = 2**30
 TEND_S = 2.0
 """How often a server that shares its database looks after its leases; far less than a lease lasts."""
 
-FLUSH_S = 5.0
-"""How long the last events may take to be written at a stop."""
+FLUSH_S = 1.0
+"""How long the last events may take to be written at a stop. Those that are not come again from the last checkpoint."""
 
 UPDATE, CANCEL = "update", "cancel"
 """What one server may want of another: a JobUpdate, or an end."""

@@ -166,11 +166,6 @@ Order = Cancel | Steer | Finish | Suspend | EveryFrame
 
 
 @dataclass(frozen=True)
-class Shutdown:
-    """End the process at once, in the middle of whatever is being computed."""
-
-
-@dataclass(frozen=True)
 class Ready:
     """The worker takes tasks.
 

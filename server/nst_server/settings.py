@@ -102,7 +102,13 @@ class Settings(BaseSettings):
         le=86_400,
         description="How long a client may leave its request unfinished or its stream unread, seconds.",
     )
-    grace_s: float = Field(15, ge=0, le=86_400, description="How long running jobs may go on after SIGTERM, seconds.")
+    grace_s: float = Field(
+        15,
+        ge=0,
+        le=86_400,
+        description="How long a stop takes at most after SIGTERM, seconds. Running jobs may go on for all of it but the "
+        "last 4 s (or half of it, if that is less).",
+    )
     log_format: Literal["console", "json"] = Field("console", description="How the log is written.")
 
     _toml: ClassVar[Path | None] = None

@@ -52,7 +52,6 @@ from nst_server.messages import (
     Progressed,
     Ready,
     Refused,
-    Shutdown,
     Started,
     Steer,
     Steered,
@@ -78,7 +77,7 @@ SELDOM = 100
 
 
 def main(connection: Connection, config: WorkerConfig) -> None:
-    """Run a worker process until the front says Shutdown or is gone."""
+    """Run a worker process until the front kills it or is gone."""
     logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
     sender = _Sender(connection)
     try:
@@ -425,10 +424,8 @@ class _Reader(threading.Thread):
         current: tuple[str, Control] | None = None
         while True:
             try:
-                message: Task | Order | Shutdown = self._connection.recv()
+                message: Task | Order = self._connection.recv()
             except (EOFError, OSError):
-                message = Shutdown()
-            if isinstance(message, Shutdown):
                 os._exit(0)  # in the middle of whatever is being computed: nobody wants it any more
             if isinstance(message, Order):
                 if current is not None and current[0] == message.id:

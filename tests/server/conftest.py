@@ -193,6 +193,7 @@ class Caller:
     """A client with every gRPC default left alone, on a channel of its own."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> None:
+        self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=options)
         self.jobs = style_transfer_service_pb2_grpc.StyleTransferServiceStub(self.channel)
         self.styles = style_service_pb2_grpc.StyleServiceStub(self.channel)
