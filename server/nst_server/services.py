@@ -26,7 +26,7 @@ from nst_server import convert
 from nst_server.application import Application
 from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, Unread
 from nst_server.frames import PreviewSpec
-from nst_server.jobs import Job
+from nst_server.jobs import Event, Job, StateChanged
 from nst_server.library import Library
 from nst_server.status import abort
 from nst_server.styles import Style
@@ -202,13 +202,18 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     def _described(self, job: Job) -> Any:
         return convert.job_to_proto(job.snapshot(), self._application.scheduler.estimated_start_s(job))
 
+    def _estimated_start_s(self, job: Job, event: Event) -> float | None:
+        """Return what `Scheduler.estimated_start_s` does, for an event that says how the job is now."""
+        told = event.payload.job if isinstance(event.payload, StateChanged) else event.payload
+        return self._application.scheduler.estimated_start_s(job) if told == job.snapshot() else None
+
     async def _stream(
         self, job: Job, preview: PreviewSpec, after: int, response: Callable[..., Any], context: Any
     ) -> None:
         """Write a job's events. Raises Unread if the client does not read them."""
         async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
             async for event in events:
-                for message in convert.event_to_proto(event):
+                for message in convert.event_to_proto(event, self._estimated_start_s(job, event)):
                     await _write(context, response(event=message), self._write_timeout_s, job.name)
 
 

@@ -544,6 +544,26 @@ async def test_a_job_is_reached_through_another_server(
     await cancel(here, job.name)
 
 
+async def test_any_server_tells_a_jobs_place_in_the_queue(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask
+) -> None:
+    """The one that it has at its own server, in a list, too; when it will begin only that server can tell."""
+    (_, here), (_, there) = await two(serve, store, tmp_path)
+    jobs = [await create(here, ask(**FOREVER)) for _ in range(4)]
+    await in_state(here, jobs[0].name, RUNNING)
+    async with asyncio.timeout(10):
+        while (await get(here, jobs[3].name)).queue_position != 2:
+            await asyncio.sleep(0.01)
+    for client, estimates in ((here, [False, True, True, True]), (there, [False] * 4)):
+        told = [await get(client, job.name) for job in jobs]
+        assert [job.queue_position for job in told] == [0, 0, 1, 2]
+        assert [job.HasField("estimated_start_time") for job in told] == estimates
+        page = await client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest())
+        assert [job.queue_position for job in reversed(page.jobs)] == [0, 0, 1, 2]
+    for job in reversed(jobs):
+        await cancel(here, job.name)
+
+
 async def test_whoever_watches_a_job_that_another_server_deletes_is_told(
     serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
