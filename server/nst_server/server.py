@@ -33,19 +33,27 @@ from nst_server.housekeeping import Housekeeper
 from nst_server.ledger import Ledger
 from nst_server.library import Library
 from nst_server.messages import WorkerConfig
-from nst_server.services import Admission, ImageServicer, ModelServicer, StyleServicer, StyleTransferServicer
+from nst_server.services import (
+    Admission,
+    ImageServicer,
+    ModelServicer,
+    Streams,
+    StyleServicer,
+    StyleTransferServicer,
+)
 from nst_server.settings import Settings
 from nst_server.storage.blobs import MEMORY, Blobs
 from nst_server.storage.database import JobStore
 
 log = structlog.get_logger()
 
-SERVICES = (
-    style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"].full_name,
-    style_service_pb2.DESCRIPTOR.services_by_name["StyleService"].full_name,
-    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-    image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name,
+DESCRIPTORS = (
+    style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"],
+    style_service_pb2.DESCRIPTOR.services_by_name["StyleService"],
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],
+    image_service_pb2.DESCRIPTOR.services_by_name["ImageService"],
 )
+SERVICES = tuple(service.full_name for service in DESCRIPTORS)
 AFTERMATH_S = 4.0
 """Of the grace at a stop: what is left when the jobs are done with, for their last events to be written and delivered,
 for the workers and the storage to be closed, and for the process to end, seconds; at most half of it."""
@@ -59,6 +67,9 @@ LEAST_AFTERMATH_S = 1.0
 KEEPALIVE_S = 30
 """A client that says nothing for so long is asked whether it is still there: one whose machine has lost its power or
 network says no goodbye."""
+
+MAX_OTHER_CALLS = 1000
+"""Calls served at once beside the streams. gRPC itself refuses more, in its own words."""
 
 MAX_PORT = 65_535
 
@@ -123,8 +134,11 @@ class Server:
         self._ledger = await self._open()
         self._application = application = Application(settings, self._ledger)
         self._grpc = grpc.aio.server(
-            interceptors=[Admission(application, settings.write_timeout_s)],
-            maximum_concurrent_rpcs=settings.max_streams,
+            interceptors=[
+                Streams(_streaming(), settings.max_streams),
+                Admission(application, settings.write_timeout_s),
+            ],
+            maximum_concurrent_rpcs=settings.max_streams + MAX_OTHER_CALLS,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * 1024 * 1024),
                 ("grpc.so_reuseport", 0),
@@ -252,6 +266,16 @@ class Server:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _streaming() -> list[str]:
+    """Return the full names of the contract's methods that stream."""
+    return [
+        f"/{service.full_name}/{method.name}"
+        for service in DESCRIPTORS
+        for method in service.methods
+        if method.server_streaming
+    ]
 
 
 def _half_until(end: float) -> float:

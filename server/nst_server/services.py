@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import grpc
@@ -24,7 +24,7 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, Unread
+from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, TooManyStreams, Unread
 from nst_server.frames import PreviewSpec
 from nst_server.jobs import Event, Job, StateChanged
 from nst_server.library import Library
@@ -95,6 +95,34 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             # And this for one that stays and never completes it.
             held.callback(asyncio.get_running_loop().call_later(self._upload_timeout_s, task.cancel).cancel)
         return await continuation(details)
+
+
+class Streams(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses streams beyond a number. Other calls pass: whoever has filled it with streams must be able to cancel.
+
+    Args:
+        methods: full names of those that stream, `/nst.v1.StyleTransferService/WatchJob` for instance.
+        limit: how many calls of them there may be at once.
+    """
+
+    def __init__(self, methods: Collection[str], limit: int) -> None:
+        self._methods = frozenset(methods)
+        self._limit = limit
+        self._open = 0
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
+        if details.method in self._methods:
+            if self._open >= self._limit:
+                return _refusal(TooManyStreams(self._limit))
+            self._open += 1
+            task = asyncio.current_task()
+            assert task is not None, "gRPC serves each call in a task"
+            task.add_done_callback(self._close)
+        return await continuation(details)
+
+    def _close(self, _: object) -> None:
+        self._open -= 1
 
 
 def _refusal(error: RequestError) -> Any:
