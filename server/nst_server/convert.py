@@ -195,6 +195,8 @@ def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[Sour
 def update_from_proto(message: style_transfer_service_pb2.UpdateJobRequest) -> JobUpdate:
     """Return how a job is to be changed. Raises InvalidField."""
     paused = message.paused if message.HasField("paused") else None
+    if paused and message.finish:
+        raise InvalidField("paused", "must not go with finish: a job that is to end cannot wait")
     return JobUpdate(_given(message.options), paused, message.finish)
 
 

@@ -230,10 +230,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Steered:
-    """The task goes on with these options."""
+    """The task goes on with these options, which make so many iterations, those that were made included."""
 
     id: str
     options: StylizeOptions
+    iterations: int
 
 
 @dataclass(frozen=True)

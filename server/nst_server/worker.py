@@ -185,6 +185,7 @@ class Worker:
             wanted = {name: getattr(task.options, name) for name in STEERABLE}
             if any(getattr(run.options, name) != value for name, value in wanted.items()):
                 run.steer(**wanted)
+                self._sender.send(Steered(task.id, run.options, run.iterations))
 
     def _obeyed(self, task: StylizeTask, run: Stylization, control: Control) -> Finish | Suspend | None:
         """Carry out the orders that have come; return the one that ends the run."""
@@ -199,7 +200,7 @@ class Worker:
                 run.steer(**order.changes)
             except InvalidOption as error:  # it was checked; the job goes on as it was
                 log.warning("%s cannot be steered: %s", task.id, error)
-            self._sender.send(Steered(task.id, run.options))
+            self._sender.send(Steered(task.id, run.options, run.iterations))
         return None
 
     def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock, *, every_frame: bool) -> None:
