@@ -272,6 +272,11 @@ class Stylization:
         """The iterate to return if the run ended now, None before the first: see `Descent.best`."""
         return self._descent.best
 
+    @property
+    def iterations(self) -> int:
+        """Index of the last iterate, if nothing ends the run before."""
+        return self._descent.iterations
+
     def steer(self, **changes: Any) -> None:
         """Change options, any of `options.STEERABLE`, from the next iteration on.
 

@@ -14,6 +14,7 @@ import grpc
 
 from nst.v1 import image_service_pb2, model_service_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client import convert
+from nst_client.changes import deleting, updating
 from nst_client.channel import CANCEL_TIMEOUT_S, DEFAULT_ADDRESS, PATIENCE_S, Stubs, channel_options, checked_address
 from nst_client.errors import ClientClosedError, DeadlineExceededError, NstError, UnavailableError
 from nst_client.events import Event, Result
@@ -245,7 +246,7 @@ class Client:
         ended, NotFoundError.
         """
         request = update_request(job, paused=paused, finish=finish, options=options)
-        return convert.job(self._call("UpdateJob", request))
+        return convert.job(self._run(updating(request), self._call))
 
     def cancel_job(self, job: str | Job) -> Job:
         """End a job and return it; one that has ended stays as it ended. Raises NotFoundError."""
@@ -255,7 +256,7 @@ class Client:
     def delete_job(self, job: str | Job) -> None:
         """Delete a job with its events and its result; it is cancelled before if need be. Raises NotFoundError."""
         request = style_transfer_service_pb2.DeleteJobRequest(name=job_name(job))
-        self._call("DeleteJob", request)
+        self._run(deleting("DeleteJob", request), self._call)
 
     def upload_image(self, source: ImageSource) -> StoredImage:
         """Bring an image to the server, in parts, and return it, to be used instead of the file in any request.
@@ -323,7 +324,7 @@ class Client:
     def delete_style(self, style: str | StyleName | Style) -> None:
         """Delete a style from the server. Raises NotFoundError."""
         request = style_service_pb2.DeleteStyleRequest(name=style_name(style))
-        self._call("DeleteStyle", request)
+        self._run(deleting("DeleteStyle", request), self._call)
 
     def list_models(self) -> Iterator[Model]:
         """Yield the feature models that the server knows, the default one first."""

@@ -37,12 +37,14 @@ class NstError(Exception):
 
     `code` is the name of the gRPC status (`INVALID_ARGUMENT`), empty if the client found the error by itself.
     `reason` is the server's stable word for it (`google.rpc.ErrorInfo.reason`), empty if there is none.
+    `is_repeated` says that the call was sent before, and that its answer was lost: it may have been carried out.
     """
 
     def __init__(self, message: str, *, code: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
+        self.is_repeated = False
 
 
 class InvalidArgumentError(NstError, ValueError):

@@ -25,7 +25,7 @@ import structlog
 from nst_model import CARDS, Init, InvalidOption, ModelCard, StyleLoss, StylizeOptions, UnknownModel, model_card
 from nst_model.cache import cached_file, published_sha256
 from nst_model.memory import largest_size_px, peak_bytes
-from nst_model.options import plain, steered
+from nst_model.options import bounds_of, plain, steered
 from nst_server import images
 from nst_server.errors import (
     InvalidField,
@@ -61,8 +61,8 @@ GIB = 2**30
 TEND_S = 2.0
 """How often a server that shares its database looks after its leases; far less than a lease lasts."""
 
-FLUSH_S = 5.0
-"""How long the last events may take to be written at a stop."""
+FLUSH_S = 1.0
+"""How long the last events may take to be written at a stop. Those that are not come again from the last checkpoint."""
 
 UPDATE, CANCEL = "update", "cancel"
 """What one server may want of another: a JobUpdate, or an end."""
@@ -364,7 +364,7 @@ class Application:
     async def _load(self, job: Job) -> None:
         """Make the spec of a job out of its stored request."""
         request = await (await self._ledger.request(job)).resolved(self._file)
-        job.spec = await self._decode(self._checked, request)
+        job.spec = await self._decode(self._spec, request)
 
     async def _file(self, source: ImageName, field: str) -> bytes:
         """Return the file of an image on this server. Raises NotFound."""
@@ -427,6 +427,7 @@ class Application:
         return await asyncio.get_running_loop().run_in_executor(self._decoding, work, *arguments)
 
     def _checked(self, request: JobRequest) -> JobSpec:
+        """Return what a new request asks for, if it is within this server's limits."""
         card = self._usable_model(request.model)
         options = request.options
         if options.size_px > self._settings.max_size_px:
@@ -434,6 +435,15 @@ class Application:
                 "options.size_px",
                 f"must be at most {self._settings.max_size_px} px on this server, not {options.size_px}",
             )
+        spec = self._spec(request)
+        height, width = spec.content.shape[:2]
+        self._check_memory(options, height, width, card)
+        return spec
+
+    def _spec(self, request: JobRequest) -> JobSpec:
+        """Return what a request asks for. One that was accepted before is not held to the limits of today."""
+        card = self._usable_model(request.model)
+        options = request.options
         try:
             options.check_layers(card.architecture.layers)
         except InvalidOption as error:
@@ -441,7 +451,6 @@ class Application:
         picture = images.decode_with_alpha(_resolved(request.content), "content.data", self._max_pixels)
         content, alpha = images.fit_with_alpha(picture, options.size_px, "content.data")
         height, width = content.shape[:2]
-        self._check_memory(options, height, width, card)
         styles, described = self._job_styles(request.styles, options, (width, height))
         return JobSpec(
             model=card.name,
@@ -461,10 +470,11 @@ class Application:
         needed = peak_bytes(options, height, width, card.architecture)
         if limit and needed > limit:
             fitting = largest_size_px(options, height, width, card.architecture, limit)
+            fits = f"at most {fitting} px fit" if fitting >= (bounds_of("size_px").minimum or 0) else "no size fits"
             raise InvalidField(
                 "options.size_px",
-                f"{options.size_px} px would take about {needed / GIB:.1f} GiB of memory, of which a job may take "
-                f"{limit / GIB:.1f} GiB here: with these options at most {fitting} px fit",
+                f"{options.size_px} px would take about {needed / GIB:.3g} GiB of memory, of which a job may take "
+                f"{limit / GIB:.3g} GiB here: with these options {fits}",
             )
 
     def _parameters(self, model: str, request: JobRequest, styles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -530,9 +540,14 @@ class Application:
         return tuple(found), described
 
     def _with_stored_styles(self, request: JobRequest) -> JobRequest:
-        """Return a request with the files of the stored styles that it names."""
+        """Return a request with the files of the stored styles that it names, and with its model's id.
+
+        So a request that is sent again is the same, whichever way it names them.
+        """
         return dataclasses.replace(
-            request, styles=[self._with_files(style, f"styles[{n}].style") for n, style in enumerate(request.styles)]
+            request,
+            styles=[self._with_files(style, f"styles[{n}].style") for n, style in enumerate(request.styles)],
+            model=self._model(request.model).name,
         )
 
     def _with_files(self, style: JobStyle, field: str) -> JobStyle:
@@ -578,11 +593,14 @@ class Application:
             prepared.append(StyleImage(images.fit(picture, size_px, field), sha256, size_px, 1.0))
         return self._styles.create(style_id, display_name, stored), prepared
 
-    def _usable_model(self, name: str) -> ModelCard:
+    def _model(self, name: str) -> ModelCard:
         try:
-            card = model_card(name.removeprefix("models/") or self._settings.default_model)
+            return model_card(name.removeprefix("models/") or self._settings.default_model)
         except UnknownModel as error:
             raise NotFound("model", str(error)) from error
+
+    def _usable_model(self, name: str) -> ModelCard:
+        card = self._model(name)
         if card.name not in self._settings.weights and cached_file(card.name) is None:
             raise ModelNotFetched(
                 f"model: the weights of {card.name} are not on this server; "

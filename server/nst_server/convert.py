@@ -196,6 +196,8 @@ def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[Sour
 def update_from_proto(message: style_transfer_service_pb2.UpdateJobRequest) -> JobUpdate:
     """Return how a job is to be changed. Raises InvalidField."""
     paused = message.paused if message.HasField("paused") else None
+    if paused and message.finish:
+        raise InvalidField("paused", "must not go with finish: a job that is to end cannot wait")
     return JobUpdate(_given(message.options), paused, message.finish)
 
 
@@ -238,13 +240,14 @@ def page_from_proto(page_size: int) -> int:
     return page_size or 50
 
 
-def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:
-    """Yield the messages of an event: one, or as many as its image needs."""
+def event_to_proto(event: Event, estimated_start_s: float | None = None) -> Iterator[job_pb2.JobEvent]:
+    """Yield the messages of an event: one, or as many as its image needs; see `job_to_proto` for the estimate."""
     match event.payload:
         case JobSnapshot():
-            yield _event(event, snapshot=job_to_proto(event.payload))
+            yield _event(event, snapshot=job_to_proto(event.payload, estimated_start_s))
         case StateChanged():
-            yield _event(event, state_change=job_pb2.StateChange(job=job_to_proto(event.payload.job)))
+            job = job_to_proto(event.payload.job, estimated_start_s)
+            yield _event(event, state_change=job_pb2.StateChange(job=job))
         case Progressed():
             yield _event(event, progress=progress_to_proto(event.payload))
         case Frame(image, iteration, skipped):

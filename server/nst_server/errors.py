@@ -98,6 +98,16 @@ class QueueFull(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyStreams(RequestError):
+    """As many streams are open as the server serves."""
+
+    reason = "TOO_MANY_STREAMS"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} streams are open already, as many as this server serves; try again later")
+        self.limit = limit
+
+
 class StorageFull(RequestError):
     """The data folder takes no more."""
 

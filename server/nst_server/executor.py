@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -18,16 +19,18 @@ from typing import Protocol
 
 import structlog
 
-from nst_server import messages
 from nst_server.messages import (
+    Cancel,
     Cancelled,
     Done,
     Ending,
     Failed,
+    Finish,
     Message,
     Order,
     Ready,
     Refused,
+    Suspend,
     Suspended,
     Task,
     WorkerConfig,
@@ -36,7 +39,16 @@ from nst_server.messages import (
 log = structlog.get_logger()
 
 MAX_BACKOFF_S = 30.0
-KILL_AFTER_S = 5.0
+
+OBEY_S: dict[type[Order], float] = {Cancel: 5.0, Finish: 5.0, Suspend: 30.0}
+"""How long a worker may take to end its task when it is told to, seconds, beside a few evaluations: a GPU that hangs
+never comes back. To suspend includes a checkpoint of some hundred MiB, which may have to go to an object store."""
+
+PATIENCE = 3
+"""So many of the longest evaluations of the task until then. Those of the next scale take twice as long."""
+
+DEAD_AFTER_S = 1.0
+"""How long the system may take to end a process that was killed; one that waits for a broken driver may never end."""
 
 # Torch takes seconds to import. On Linux a process that has done so is there to be forked; macOS's libraries forbid it.
 CONTEXT: ForkServerContext | SpawnContext
@@ -84,10 +96,24 @@ class _Running:
     sent: bool = False
     orders: list[Order] = field(default_factory=list)
     """Those that came before the task was sent."""
+    heard: float = 0.0
+    """When the last message came, or the task went out; 0 before that."""
+    silence_s: float = 0.0
+    """The longest time between two messages."""
+    deadline: asyncio.TimerHandle | None = None
+    """When the worker is taken for hung, once it has been told to end the task."""
+
+    def hear(self) -> None:
+        """Note that the worker said something."""
+        now = time.monotonic()
+        self.silence_s = max(self.silence_s, now - self.heard)
+        self.heard = now
 
 
 class ProcessExecutor:
     """A worker process. One that dies is replaced; its task ends as Failed with reason WORKER_DIED.
+
+    One that does not end its task when it is told to (see OBEY_S) is killed.
 
     Attributes:
         device: the device's name, once started.
@@ -142,6 +168,9 @@ class ProcessExecutor:
             await self.ready()  # the process may have died since somebody asked
             if ending.done():  # and its successor, too
                 return ending.result()
+            running.heard = time.monotonic()
+            for order in running.orders:
+                self._expect(order, running)
             await asyncio.to_thread(self._send, task, self._connection)
             running.sent = True
             for order in running.orders:
@@ -149,30 +178,51 @@ class ProcessExecutor:
             return await asyncio.shield(ending)
         finally:
             self._running = None
+            if running.deadline is not None:
+                running.deadline.cancel()
 
     def order(self, order: Order) -> None:
         """Pass an order on; see Executor."""
-        if self._running is not None and self._running.task.id == order.id:
-            if self._running.sent:
-                self._send(order, self._connection)
-            else:
-                self._running.orders.append(order)
+        running = self._running
+        if running is None or running.task.id != order.id:
+            return
+        if running.heard:  # else its worker is still starting
+            self._expect(order, running)
+        if running.sent:
+            self._send(order, self._connection)
+        else:
+            running.orders.append(order)
 
     async def close(self) -> None:
-        """End the worker process, by force if it does not follow or is still starting."""
+        """End the worker process in the middle of whatever it computes: what counts is kept elsewhere."""
         self._closing = True
         if self._replacing is not None:
             self._replacing.cancel()
             await asyncio.wait([self._replacing])
-        if self._process is not None and self._ready is not None and self._ready.done() and not self._ready.cancelled():
-            self._send(messages.Shutdown(), self._connection)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._gone.wait(), KILL_AFTER_S)
         if self._process is not None:
             self._process.kill()
-            await self._gone.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), DEAD_AFTER_S)
 
-    def _send(self, message: Task | Order | messages.Shutdown, connection: Connection | None) -> None:
+    def _expect(self, order: Order, running: _Running) -> None:
+        """Kill the worker if it does not end its task within a time of an order that says so."""
+        if (obey_s := OBEY_S.get(type(order))) is None:
+            return
+        limit_s = obey_s + PATIENCE * running.silence_s
+        loop = asyncio.get_running_loop()
+        if running.deadline is not None:
+            if running.deadline.when() <= loop.time() + limit_s:
+                return
+            running.deadline.cancel()
+        running.deadline = loop.call_later(limit_s, self._give_up, running)
+
+    def _give_up(self, running: _Running) -> None:
+        if self._process is not None and not running.ending.done():
+            silent_s = round(time.monotonic() - running.heard, 1)
+            log.warning("worker killed: it hangs", device=self.device, task=running.task.id, silent_s=silent_s)
+            self._process.kill()
+
+    def _send(self, message: Task | Order, connection: Connection | None) -> None:
         if connection is not None:
             with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
                 connection.send(message)
@@ -202,6 +252,7 @@ class ProcessExecutor:
                     running.ending.set_result(message)
             case _:
                 if self._running is not None and self._running.task.id == message.id:
+                    self._running.hear()
                     self._running.report(message)
 
     def _died(self, process: BaseProcess, how: str) -> None:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from nst_model.options import StylizeOptions
-from nst_server.errors import RequestError
+from nst_server.errors import RequestError, StorageUnavailable
 from nst_server.frames import Frame, Frames, Newest, Picture, PreviewSpec, Spooled
 from nst_server.images import EncodedImage, Encoding, ImageFormat
 from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage
@@ -286,9 +286,12 @@ class Job:
             frames.offer(self._picture)
         self._wake()
 
-    def steered(self, options: StylizeOptions) -> None:
-        """Note that the job goes on with other options."""
-        self._now = replace(self._now, options=options)
+    def steered(self, options: StylizeOptions, iterations: int | None = None) -> None:
+        """Note that the job goes on with other options, and how many iterations that makes, if it is known."""
+        progress = self._now.progress
+        if progress is not None and iterations is not None:
+            progress = replace(progress, iterations=iterations)
+        self._now = replace(self._now, options=options, progress=progress)
         self._append(StateChanged(self._now))
 
     def finishing(self) -> None:
@@ -435,7 +438,7 @@ class Job:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
         quiet_s = 0.0
         while self._lost is None:
-            for event in await self._archive.events(self.name, cursor):
+            for event in await self._news(cursor):
                 cursor, quiet_s = event.sequence, 0.0
                 yield await self._whole(event)
                 if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
@@ -446,6 +449,13 @@ class Job:
                 quiet_s = 0.0
                 yield self._event(Heartbeat(), cursor)
         raise self._lost
+
+    async def _news(self, cursor: int) -> list[Event]:
+        """Return some of the archive's events after a number; none while it does not answer."""
+        try:
+            return await self._archive.events(self.name, cursor)
+        except StorageUnavailable:
+            return []
 
     async def _whole(self, event: Event) -> Event:
         """Return an event with the file that belongs to it."""

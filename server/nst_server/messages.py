@@ -168,11 +168,6 @@ Order = Cancel | Steer | Finish | Suspend | EveryFrame
 
 
 @dataclass(frozen=True)
-class Shutdown:
-    """End the process at once, in the middle of whatever is being computed."""
-
-
-@dataclass(frozen=True)
 class Ready:
     """The worker takes tasks.
 
@@ -237,10 +232,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Steered:
-    """The task goes on with these options."""
+    """The task goes on with these options, which make so many iterations, those that were made included."""
 
     id: str
     options: StylizeOptions
+    iterations: int
 
 
 @dataclass(frozen=True)

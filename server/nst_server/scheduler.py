@@ -494,7 +494,7 @@ class Scheduler:
             case Pictured():
                 job.pictured(message)
             case Steered():
-                job.steered(message.options)
+                job.steered(message.options, message.iterations)
                 if run.options:
                     run.options.popleft()[1].set_result(None)
             case Kept():

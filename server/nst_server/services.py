@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -24,9 +24,18 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import Internal, InvalidField, Moved, QueueFull, RequestError, Stopping, Unread
+from nst_server.errors import (
+    Internal,
+    InvalidField,
+    Moved,
+    QueueFull,
+    RequestError,
+    Stopping,
+    TooManyStreams,
+    Unread,
+)
 from nst_server.frames import PreviewSpec
-from nst_server.jobs import Job
+from nst_server.jobs import Event, Job, StateChanged
 from nst_server.library import Library
 from nst_server.status import abort
 from nst_server.styles import Style
@@ -134,6 +143,34 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise full from None
             held.callback(self._asking.release)
             held.full = full
+
+
+class Streams(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses streams beyond a number. Other calls pass: whoever has filled it with streams must be able to cancel.
+
+    Args:
+        methods: full names of those that stream, `/nst.v1.StyleTransferService/WatchJob` for instance.
+        limit: how many calls of them there may be at once.
+    """
+
+    def __init__(self, methods: Collection[str], limit: int) -> None:
+        self._methods = frozenset(methods)
+        self._limit = limit
+        self._open = 0
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
+        if details.method in self._methods:
+            if self._open >= self._limit:
+                return _refusal(TooManyStreams(self._limit))
+            self._open += 1
+            task = asyncio.current_task()
+            assert task is not None, "gRPC serves each call in a task"
+            task.add_done_callback(self._close)
+        return await continuation(details)
+
+    def _close(self, _: object) -> None:
+        self._open -= 1
 
 
 def _refusal(error: RequestError) -> Any:
@@ -244,13 +281,18 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     def _described(self, job: Job) -> Any:
         return convert.job_to_proto(job.snapshot(), self._application.scheduler.estimated_start_s(job))
 
+    def _estimated_start_s(self, job: Job, event: Event) -> float | None:
+        """Return what `Scheduler.estimated_start_s` does, for an event that says how the job is now."""
+        told = event.payload.job if isinstance(event.payload, StateChanged) else event.payload
+        return self._application.scheduler.estimated_start_s(job) if told == job.snapshot() else None
+
     async def _stream(
         self, job: Job, preview: PreviewSpec, after: int, response: Callable[..., Any], context: Any
     ) -> None:
         """Write a job's events. Raises Unread if the client does not read them."""
         async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
             async for event in events:
-                for message in convert.event_to_proto(event):
+                for message in convert.event_to_proto(event, self._estimated_start_s(job, event)):
                     await _write(context, response(event=message), self._write_timeout_s, job.name)
 
 

@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         description="Memory that a job may take of its device, GiB; one that would take more is refused. "
         "0 stands for what the device has.",
     )
-    max_streams: int = Field(1000, ge=1, le=100_000, description="Calls served at once; one more is refused.")
+    max_streams: int = Field(1000, ge=1, le=100_000, description="Streams served at once; one more is refused.")
     gram_cache_mib: int = Field(
         1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."
     )
@@ -102,7 +102,13 @@ class Settings(BaseSettings):
         le=86_400,
         description="How long a client may leave its request unfinished or its stream unread, seconds.",
     )
-    grace_s: float = Field(15, ge=0, le=86_400, description="How long running jobs may go on after SIGTERM, seconds.")
+    grace_s: float = Field(
+        15,
+        ge=0,
+        le=86_400,
+        description="How long a stop takes at most after SIGTERM, seconds. Running jobs may go on for all of it but "
+        "the last 4 s (or half of it, if that is less).",
+    )
     log_format: Literal["console", "json"] = Field("console", description="How the log is written.")
 
     _toml: ClassVar[Path | None] = None

@@ -52,7 +52,6 @@ from nst_server.messages import (
     Progressed,
     Ready,
     Refused,
-    Shutdown,
     Started,
     Steer,
     Steered,
@@ -78,7 +77,7 @@ SELDOM = 100
 
 
 def main(connection: Connection, config: WorkerConfig) -> None:
-    """Run a worker process until the front says Shutdown or is gone."""
+    """Run a worker process until the front kills it or is gone."""
     logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
     sender = _Sender(connection)
     try:
@@ -186,6 +185,7 @@ class Worker:
             wanted = {name: getattr(task.options, name) for name in STEERABLE}
             if any(getattr(run.options, name) != value for name, value in wanted.items()):
                 run.steer(**wanted)
+                self._sender.send(Steered(task.id, run.options, run.iterations))
 
     def _obeyed(self, task: StylizeTask, run: Stylization, control: Control) -> Finish | Suspend | None:
         """Carry out the orders that have come; return the one that ends the run."""
@@ -200,7 +200,7 @@ class Worker:
                 run.steer(**order.changes)
             except InvalidOption as error:  # it was checked; the job goes on as it was
                 log.warning("%s cannot be steered: %s", task.id, error)
-            self._sender.send(Steered(task.id, run.options))
+            self._sender.send(Steered(task.id, run.options, run.iterations))
         return None
 
     def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock, *, every_frame: bool) -> None:
@@ -425,10 +425,8 @@ class _Reader(threading.Thread):
         current: tuple[str, Control] | None = None
         while True:
             try:
-                message: Task | Order | Shutdown = self._connection.recv()
+                message: Task | Order = self._connection.recv()
             except (EOFError, OSError):
-                message = Shutdown()
-            if isinstance(message, Shutdown):
                 os._exit(0)  # in the middle of whatever is being computed: nobody wants it any more
             if isinstance(message, Order):
                 if current is not None and current[0] == message.id:

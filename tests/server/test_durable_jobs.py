@@ -20,6 +20,7 @@ from google.protobuf import empty_pb2
 
 from nst.v1 import image_service_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2
 from nst_server import Server
+from nst_server.errors import StorageUnavailable
 from tests.server.conftest import FOREVER, Caller, Refusal, files, noise, opened, read_until, rest, until, watched
 from tests.server.storage.conftest import postgresql, postgresql_url
 
@@ -282,6 +283,42 @@ async def test_enough_is_not_forgotten(serve: Serve, ask: Ask, tmp_path: Path) -
     await cancel(caller, running.name)
 
 
+async def test_fewer_iterations_than_were_made_are_those_that_were_made(caller: Caller, ask: Ask) -> None:
+    """The change says so, and so does the job that has ended: as many as it made, and it made them all."""
+    job = await create(caller, ask(**(FOREVER | {"size_px": 48})))
+    watching = asyncio.create_task(watched(caller, job.name))
+    await has_begun(caller, job.name)
+    await asyncio.sleep(0.3)
+    changed = await update(caller, job.name, options={"iterations": 5})
+    told = await asyncio.wait_for(watching, 30)
+    assert changed.progress.iterations >= changed.progress.iteration > 5
+    assert told.job.state == SUCCEEDED
+    assert told.job.progress.iteration == told.job.progress.iterations == told.progress[-1].iteration
+
+
+async def test_wait_and_enough_do_not_go_together(caller: Caller, ask: Ask) -> None:
+    """INVALID_ARGUMENT, and the job goes on as it was; to go on and then end is fine."""
+    job = await create(caller, ask(**FOREVER))
+    await has_begun(caller, job.name)
+    refusal = await caller.refusal(update(caller, job.name, paused=True, finish=True))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "paused")
+    assert (await get(caller, job.name)).state == RUNNING
+    await update(caller, job.name, paused=False, finish=True)
+    assert (await watched(caller, job.name)).job.state == SUCCEEDED
+
+
+async def test_limits_are_for_new_requests(serve: Serve, ask: Ask, tmp_path: Path) -> None:
+    """A server that is started again with smaller ones goes on with what was accepted, running or waiting."""
+    server, caller = await serve(data_dir=tmp_path)
+    jobs = [await create(caller, ask(iterations=30, size_px=192)) for _ in range(2)]
+    await server.stop(0)
+    _, caller = await serve(data_dir=tmp_path, max_size_px=64, memory_gib=0.001)
+
+    for job in jobs:
+        assert (await asyncio.wait_for(watched(caller, job.name), 30)).job.state == SUCCEEDED
+    assert (await caller.refusal(ask(size_px=192))).field == "options.size_px"
+
+
 async def test_enough_is_a_result(caller: Caller, ask: Ask) -> None:
     """A running job ends with its best picture, at once; one that waits with the picture it would start from."""
     running = await create(caller, ask(**FOREVER))
@@ -332,6 +369,17 @@ async def test_a_deleted_job_is_gone(caller: Caller, ask: Ask, shared: Server) -
     job = (await caller.told(ask())).job
     await delete(caller, job.name)
     assert (await caller.refusal(watched(caller, job.name))).code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_model_may_be_named_in_any_way_by_the_same_request(caller: Caller, ask: Ask) -> None:
+    """Not at all, for the default, by its id, or by its full name."""
+    names = set()
+    for model in ("", "vgg16", "models/vgg16"):
+        request = ask(model=model)
+        request.request_id = "any-way"
+        names.add((await create(caller, request)).name)
+    assert len(names) == 1
+    await watched(caller, names.pop())
 
 
 async def test_a_request_id_stands_for_one_request(caller: Caller, ask: Ask) -> None:
@@ -664,6 +712,26 @@ async def test_a_server_that_drains_leaves_what_is_wanted_to_the_next(
         await cancel(there, job.name)
 
 
+async def test_any_server_tells_a_jobs_place_in_the_queue(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask
+) -> None:
+    """The one that it has at its own server, in a list, too; when it will begin only that server can tell."""
+    (_, here), (_, there) = await two(serve, store, tmp_path)
+    jobs = [await create(here, ask(**FOREVER)) for _ in range(4)]
+    await in_state(here, jobs[0].name, RUNNING)
+    async with asyncio.timeout(10):
+        while (await get(here, jobs[3].name)).queue_position != 2:
+            await asyncio.sleep(0.01)
+    for client, estimates in ((here, [False, True, True, True]), (there, [False] * 4)):
+        told = [await get(client, job.name) for job in jobs]
+        assert [job.queue_position for job in told] == [0, 0, 1, 2]
+        assert [job.HasField("estimated_start_time") for job in told] == estimates
+        page = await client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest())
+        assert [job.queue_position for job in reversed(page.jobs)] == [0, 0, 1, 2]
+    for job in reversed(jobs):
+        await cancel(here, job.name)
+
+
 async def test_whoever_watches_a_job_that_another_server_deletes_is_told(
     serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -676,6 +744,30 @@ async def test_whoever_watches_a_job_that_another_server_deletes_is_told(
     await asyncio.sleep(0.6)
     await asyncio.wait_for(delete(here, job.name), 10)
     assert (await asyncio.wait_for(watching, 10)).code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_whoever_watches_through_another_server_outlasts_the_database(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it does not answer there are heartbeats; then the stream goes on without a gap."""
+    monkeypatch.setattr("nst_server.jobs.FOLLOW_S", 0.1)
+    (_, here), (second, there) = await two(serve, store, tmp_path)
+    job = await create(here, ask(**FOREVER))
+    await has_begun(here, job.name)
+    call = there.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=job.name, preview={"interval": 0}))
+    await read_until(call, "progress")
+    asked = second._ledger.store.events
+
+    async def away(*_: object) -> None:
+        raise StorageUnavailable("the database cannot be reached")
+
+    monkeypatch.setattr(second._ledger.store, "events", away)
+    await read_until(call, "heartbeat")
+    monkeypatch.setattr(second._ledger.store, "events", asked)
+    last = (await read_until(call, "progress")).sequence
+    assert (await read_until(call, "progress")).sequence == last + 1
+    call.cancel()
+    await cancel(here, job.name)
 
 
 @pytest.mark.timeout(120)

@@ -455,7 +455,7 @@ async def test_steering_reaches_a_running_job_by_order_and_a_waiting_one_at_once
         scheduler.steer(job, options, {"content_weight": 3})
     assert hand.orders == [Steer(running.name, {"content_weight": 3})]
     assert (running.now.options.content_weight, waiting.now.options.content_weight) == (0.025, 3)
-    hand.report(Steered(running.name, options))
+    hand.report(Steered(running.name, options, 100))
     assert running.now.options == options
     hand.done()
     await settled()
@@ -547,7 +547,7 @@ async def test_what_a_caller_wants_outlives_the_attempt(scheduler: Queue, ending
     over = scheduler.pause(job)
     second = scheduler.steer(job, StylizeOptions(content_weight=4), {"content_weight": 4})
     assert first and over and second
-    hand.report(Steered(job.name, StylizeOptions(content_weight=3)))
+    hand.report(Steered(job.name, StylizeOptions(content_weight=3), 100))
     assert (first.done(), over.done(), second.done()) == (True, False, False)
     assert scheduler.options(job).content_weight == 4
     hand.end(dataclasses.replace(ending, id=job.name))

@@ -19,19 +19,21 @@ from google.rpc import code_pb2
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
 from nst_model import StylizeOptions
-from nst_server.executor import ExecutorUnavailable, ProcessExecutor
+from nst_server.executor import OBEY_S, ExecutorUnavailable, ProcessExecutor
 from nst_server.messages import (
     Cancel,
     Cancelled,
     Failed,
+    Finish,
     Message,
     Progressed,
     Started,
     StyleImage,
     StylizeTask,
+    Suspend,
     WorkerConfig,
 )
-from tests.server.conftest import FOREVER, Told, tiny_settings, until
+from tests.server.conftest import FOREVER, Caller, Told, idle, read_until, rest, tiny_settings, until, watched
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -180,6 +182,95 @@ async def test_a_job_that_kills_its_workers_fails_alone(
     began = time.monotonic()
     await server.stop()
     assert time.monotonic() - began < 2, "a server does not wait for a worker that nobody needs any more"
+
+
+@pytest.mark.parametrize("order", ["cancel", "delete"])
+async def test_a_worker_that_hangs_is_killed_when_its_job_is_to_end(
+    serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """SIGSTOP, as a GPU that does not answer: the caller is answered in time, and the device takes the next job."""
+    monkeypatch.setitem(OBEY_S, Cancel, 0.5)
+    server, client = await serve()
+    (executor,) = server.executors
+    name = await hanging(client, executor, ask(**FOREVER))
+    began = time.monotonic()
+    if order == "cancel":
+        job = await client.jobs.CancelJob(style_transfer_service_pb2.CancelJobRequest(name=name))
+        assert job.state == job_pb2.JOB_STATE_CANCELLED
+    else:
+        await client.jobs.DeleteJob(style_transfer_service_pb2.DeleteJobRequest(name=name))
+    assert time.monotonic() - began < 2
+    told = await asyncio.wait_for(client.told(ask()), START_S)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+
+async def test_a_job_whose_worker_hangs_can_be_paused_and_finished(
+    serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that was kept is lost: it goes on from its last checkpoint, on another worker."""
+    monkeypatch.setitem(OBEY_S, Suspend, 0.5)
+    monkeypatch.setitem(OBEY_S, Finish, 0.5)
+    server, client = await serve(checkpoint_interval_s=0.1)
+    (executor,) = server.executors
+    name = await hanging(client, executor, ask(**FOREVER), progress=100)
+
+    update = style_transfer_service_pb2.UpdateJobRequest
+    job = await asyncio.wait_for(client.jobs.UpdateJob(update(name=name, paused=True)), 3)
+    assert job.state == job_pb2.JOB_STATE_PAUSED
+    await client.jobs.UpdateJob(update(name=name, paused=False))
+    job = await hung_again(client, executor, name, attempt=2)
+    assert job.progress.iteration > 1, "it began anew"
+    await client.jobs.UpdateJob(update(name=name, finish=True))
+
+    told = await asyncio.wait_for(watched(client, name), START_S)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+    assert told.job.attempt == 3
+    assert told.job.result.stop_reason == job_pb2.STOP_REASON_FINISHED
+
+
+async def test_a_worker_that_obeys_is_left_alone(serve: Callable[..., Any], ask: Ask) -> None:
+    """Cancel, pause, finish: the process is the same, also when the time for it has passed."""
+    server, client = await serve()
+    (executor,) = server.executors
+    pid = executor.pid
+    with pytest.MonkeyPatch.context() as patch:
+        for order in OBEY_S:
+            patch.setitem(OBEY_S, order, 2)
+        call = client.jobs.Stylize(ask(**FOREVER))
+        name = (await read_until(call, "snapshot")).snapshot.name
+        await read_until(call, "progress")
+        update = style_transfer_service_pb2.UpdateJobRequest
+        await client.jobs.UpdateJob(update(name=name, paused=True))
+        await client.jobs.UpdateJob(update(name=name, paused=False))
+        await client.jobs.UpdateJob(update(name=name, finish=True))
+        assert (await rest(call)).job.state == job_pb2.JOB_STATE_SUCCEEDED
+        running = client.jobs.Stylize(ask(**FOREVER))
+        await read_until(running, "progress")
+        await asyncio.sleep(2.2)
+        running.cancel()
+        await until(lambda: idle(server))
+        assert executor.pid == pid
+
+
+async def hanging(client: Caller, executor: ProcessExecutor, request: Any, *, progress: int = 5) -> str:
+    """Create a job, and stop its worker when it has made some iterations; return the job's name."""
+    created = await client.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=request))
+    call = client.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=created.name))
+    while (await read_until(call, "progress")).progress.iteration < progress:
+        pass
+    os.kill(executor.pid or 0, signal.SIGSTOP)
+    call.cancel()
+    return str(created.name)
+
+
+async def hung_again(client: Caller, executor: ProcessExecutor, name: str, *, attempt: int) -> job_pb2.Job:
+    """Stop the worker when it is at an attempt at a job; return the job."""
+    while True:
+        job = await client.jobs.GetJob(style_transfer_service_pb2.GetJobRequest(name=name))
+        if job.attempt == attempt and job.state == job_pb2.JOB_STATE_RUNNING:
+            os.kill(executor.pid or 0, signal.SIGSTOP)
+            return job
+        await asyncio.sleep(0.02)
 
 
 async def test_front_never_imports_torch_and_takes_its_worker_with_it(

@@ -230,8 +230,9 @@ export class NstClient {
     this.close();
   }
 
-  #call<In, Out>(method: Method<In, Out>, message: In, options?: CallOptions): Promise<Out> {
-    return this.#within(options, (signal) => this.#connection.unary(method, message, signal));
+  #call<In, Out>(method: Method<In, Out>, message: In, options: CallOptions = {}): Promise<Out> {
+    const limits = { ...options, deadlineMs: options.deadlineMs ?? this.#connection.timeoutMs };
+    return this.#within(limits, (signal) => this.#connection.unary(method, message, signal));
   }
 
   /** Does something that keeps the connection in use, and is over when the signal fires. */

@@ -166,6 +166,33 @@ test('what comes again is not shown again', async () => {
   assert.deepEqual(sequences(await collect(client.stylize(PHOTO))), WHOLE);
 });
 
+test('frames never go back: iterations that are made again after a crash are not shown again', async () => {
+  const frame = (iteration: number, attempt: number) => ({
+    sequence: 2,
+    attempt,
+    frame: { iteration, image: parts(Buffer.from(`frame ${iteration}`))[0]! },
+  });
+  const { script } = inTurn(
+    async (call) => {
+      await tell(call, 0, 1);
+      for (const iteration of [0, 1, 2]) await send(call, frame(iteration, 1));
+      broken(call);
+    },
+    async (call) => {
+      await tell(call, 1, 1);
+      for (const iteration of [1, 2, 3]) await send(call, frame(iteration, 2));
+      for (const number of [5, 6]) for (const message of event(number)) await send(call, message);
+      call.end();
+    },
+  );
+  const client = await connect(script);
+  const all = await collect(client.stylize(PHOTO));
+  assert.deepEqual(
+    all.flatMap((event) => (event.kind === 'frame' ? [event.iteration] : [])),
+    [0, 1, 2, 3],
+  );
+});
+
 test('heartbeats and kinds of event that are newer than this client are swallowed', async () => {
   const { script } = inTurn(async (call) => {
     await tell(call, 0, 2);

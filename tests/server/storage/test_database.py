@@ -532,7 +532,7 @@ async def test_a_newer_schema_is_refused(shared_where: Path | str) -> None:
     await store.close()
 
     for _ in range(2):
-        with pytest.raises(SchemaNewer, match="schema 9999, this one knows 0001"):
+        with pytest.raises(SchemaNewer, match="schema 9999, this one knows 0002"):
             await JobStore.open(shared_where)
 
 
