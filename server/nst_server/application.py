@@ -33,7 +33,6 @@ from nst_server.errors import (
     ModelNotFetched,
     Moved,
     NotFound,
-    QueueFull,
     RequestError,
 )
 from nst_server.frames import PreviewSpec
@@ -131,11 +130,12 @@ class Application:
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
     async def create_job(
-        self, request: JobRequest, caller: str = "", *, owned: bool = False, full: QueueFull | None = None
+        self, request: JobRequest, caller: str = "", *, owned: bool = False, placed: bool = True
     ) -> tuple[Job, bool]:
-        """Check a request for which a place is held, and queue its job; return it and True.
+        """Check a request and queue its job; return it and True.
 
-        If the request made a job before, return that one and False: `full` says that there is no place for another.
+        If the request made a job before, return that one and False: only a new one needs a place, which the call holds
+        if it is `placed`.
         The jobs that wait of each `caller` take turns with those of others.
         Who is cancelled while the job is being stored leaves it to go on, or, if it is `owned`, to be cancelled.
         Raises RequestError, having started nothing.
@@ -143,16 +143,16 @@ class Application:
         request = await (await self._decode(self._with_stored_styles, request)).resolved(self._file)
         described, files = request.stored()
         sha256 = fingerprint(described)
+        create = functools.partial(self._create, request, described, files, sha256, caller, owned=owned)
+        place = contextlib.nullcontext() if placed else self.place()
         if not request.request_id:
-            if full:
-                raise full
-            return await self._create(request, described, files, sha256, caller, owned=owned)
+            with place:
+                return await create()
         async with self._asking.setdefault(request.request_id, asyncio.Lock()):  # it may be on its way already
             if there := await self._ledger.find(EVERYBODY, request.request_id, sha256):
                 return await self._known(there), False
-            if full:
-                raise full
-            return await self._create(request, described, files, sha256, caller, owned=owned)
+            with place:
+                return await create()
 
     async def _create(
         self,

@@ -6,6 +6,7 @@ Knows nothing of gRPC: a transport reads `Job.watch` and converts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -390,7 +391,7 @@ class Job:
                 yield event
             cursor = max(cursor, self._before)  # what is compacted is in the snapshot
             if self.elsewhere and not self._shown.state.terminal:
-                present = self._follow(cursor, heartbeat_s)
+                present = self._follow(cursor, wakeup, heartbeat_s)
             else:
                 present = self._present(cursor, told, frames, wakeup, heartbeat_s)
             async for event in present:
@@ -434,7 +435,7 @@ class Job:
             except TimeoutError:
                 yield self._event(Heartbeat(), cursor)
 
-    async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
+    async def _follow(self, cursor: int, wakeup: asyncio.Event, heartbeat_s: float) -> AsyncGenerator[Event]:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
         quiet_s = 0.0
         while self._lost is None:
@@ -443,7 +444,9 @@ class Job:
                 yield await self._whole(event)
                 if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
                     return
-            await asyncio.sleep(FOLLOW_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_S):
+                    await wakeup.wait()  # only the stop of this server does
             quiet_s += FOLLOW_S
             if quiet_s >= heartbeat_s:
                 quiet_s = 0.0

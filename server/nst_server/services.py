@@ -61,11 +61,11 @@ class _Place(contextlib.ExitStack):
     """What a call that makes a job holds until it is answered: its place in the queue.
 
     Attributes:
-        full: why it holds none; then it may only ask for a job that it made before.
+        taken: whether it holds one; if not, it may ask for a job that it made before.
         upload: what ends a call whose request is never complete.
     """
 
-    full: QueueFull | None = None
+    taken = True
     upload: asyncio.TimerHandle
 
     def __enter__(self) -> Self:
@@ -83,19 +83,24 @@ def refusing(method: Method) -> Method:
     async def wrapped(self: Any, request: Any, context: Any) -> Any:
         try:
             return await method(self, request, context)
-        except Unread as error:
-            # The status waits behind what was not read. A client that leaves it there too loses the call without one.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STATUS_TIMEOUT_S):
-                    await abort(context, error)
         except RequestError as error:
-            await abort(context, error)
+            refusal = error
         except (grpc.aio.BaseError, grpc.aio.AbortError):
             raise
         except Exception:
             # What went wrong inside is the operator's affair, and may name files.
             log.exception("call failed", method=method.__name__)
-            await abort(context, Internal("the server failed to answer; its log says why"))
+            refusal = Internal("the server failed to answer; its log says why")
+        # gRPC keeps what aborts a call, and with it all frames that it came through: no image must be in them.
+        del request
+        refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
+        if not isinstance(refusal, Unread):
+            await abort(context, refusal)
+        # The status waits behind what was not read. A client that leaves it there too loses the call without one.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                await abort(context, refusal)
+        return None
 
     return wrapped  # type: ignore[return-value]
 
@@ -142,7 +147,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             except TimeoutError:
                 raise full from None
             held.callback(self._asking.release)
-            held.full = full
+            held.taken = False
 
 
 class Streams(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -210,7 +215,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         with _place.get() as place:
             asked = convert.request_from_proto(request)
             job, new = await self._application.create_job(
-                asked, _caller(context), owned=asked.cancel_on_disconnect, full=place.full
+                asked, _caller(context), owned=asked.cancel_on_disconnect, placed=place.taken
             )
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
@@ -227,7 +232,7 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
         """Create a job."""
         with _place.get() as place:
             asked = convert.request_from_proto(request.request)
-            job, _ = await self._application.create_job(asked, _caller(context), full=place.full)
+            job, _ = await self._application.create_job(asked, _caller(context), placed=place.taken)
         return self._described(job)
 
     @refusing
