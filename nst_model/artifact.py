@@ -20,6 +20,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def sealed_onnx(model: bytes, description: Mapping[str, Any]) -> bytes:
     return model + _field(METADATA_PROPS, entry)
 
 
+def sealed_safetensors(tensors: Mapping[str, tuple[tuple[int, ...], bytes]], description: Mapping[str, Any]) -> bytes:
+    """Return a safetensors file of fp32 tensors, each a shape and its bytes, little-endian, and their description."""
+    header: dict[str, Any] = {"__metadata__": {DESCRIPTION: _sealed(_tensors(tensors), description).decode()}}
+    end = 0
+    for name in sorted(tensors):
+        shape, data = tensors[name]
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + len(data)]}
+        end += len(data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(tensors[name][1] for name in sorted(tensors))
+
+
+def producer() -> dict[str, str]:
+    """Return which program and version of it makes the artifact."""
+    return {"producer": "nst-service", "producer_version": version("nst-service")}
+
+
 def _sealed(content: Iterable[bytes], description: Mapping[str, Any]) -> bytes:
     """Return the description as JSON, with the digest of the rest and of itself."""
     unsealed = json.dumps(
@@ -101,6 +120,13 @@ def _members(members: Mapping[str, bytes]) -> Iterator[bytes]:
         yield members[name]
 
 
+def _tensors(tensors: Mapping[str, tuple[tuple[int, ...], bytes]]) -> Iterator[bytes]:
+    for name in sorted(tensors):
+        shape, data = tensors[name]
+        yield f"{name} F32 {json.dumps(shape)}".encode()
+        yield data
+
+
 def _description(content: Iterable[bytes], sealed: bytes) -> dict[str, Any]:
     if (seal := _SEAL.search(sealed)) is None:
         raise InvalidArtifact("the file's description has no content_sha256")
@@ -122,6 +148,8 @@ def _parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
         return _archive_parts(data)
     if data.startswith(_PICKLES):
         raise InvalidArtifact("the file is a pickle, which could run anything and is never loaded")
+    if data[8:9] == b"{":
+        return _safetensors_parts(data)
     return _onnx_parts(data)
 
 
@@ -135,6 +163,27 @@ def _archive_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
     if sealed is None:
         raise InvalidArtifact("the file is no artifact of this project: it lacks a description")
     return _members(members), sealed
+
+
+def _safetensors_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise InvalidArtifact("the file is truncated")
+    try:
+        header = json.loads(data[8:start])
+        sealed = header.pop("__metadata__")[DESCRIPTION].encode()
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items()):
+            begin, end_here = entry["data_offsets"]
+            if entry["dtype"] != "F32" or begin != end or end_here < begin:
+                raise InvalidArtifact("the file is no artifact of this project: its tensors are laid out otherwise")
+            tensors[name] = (tuple(entry["shape"]), data[start + begin : start + end_here])
+            end = end_here
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidArtifact(f"the file is damaged, or no artifact of this project: {error}") from None
+    if start + end != len(data):
+        raise InvalidArtifact("the file is truncated, or has something behind its tensors")
+    return _tensors(tensors), sealed
 
 
 def _onnx_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:

@@ -124,7 +124,7 @@ class ExportSpec:
         return tuple(layer for layer in there if layer in (given or default[name]))
 
 
-def _checked_choice(name: str, value: object, choices: type[StrEnum]) -> StrEnum:
+def _checked_choice(name: str, value: str, choices: type[StrEnum]) -> StrEnum:
     try:
         return choices(value)
     except ValueError:

@@ -12,7 +12,6 @@ import os
 import tempfile
 import warnings
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 
 from nst_model import artifact
 from nst_model.cache import FORMAT
-from nst_model.export_spec import ExportFormat, ExportGraph, ExportPrecision, ExportSpec
+from nst_model.export_spec import ExportFormat, ExportGraph, ExportSpec
 from nst_model.models import model_card
-from nst_model.network import MIN_EDGE_PX, build_trunk
+from nst_model.network import build_trunk
 from nst_model.options import MARGIN_PX, Padding
 from nst_model.portable import Closure, Features, Grams, Ladder, Objective
+from nst_model.scales import MIN_EDGE_PX
 from nst_model.weights import FeatureWeights
 
 DTYPE = "float32"
@@ -94,12 +94,11 @@ def describe(weights: FeatureWeights, spec: ExportSpec) -> dict[str, Any]:
         "graph": spec.graph.value,
         "format": spec.format.value,
         "precision": spec.precision.value,
-        "producer": "nst-service",
-        "producer_version": version("nst-service"),
+        **artifact.producer(),
         "torch_version": torch.__version__.partition("+")[0],
         "opset": OPSET if spec.format is ExportFormat.ONNX else None,
         "model": card.name,
-        "display_name": card.display_name,
+        "model_display_name": card.display_name,
         "license": card.license,
         "weights_sha256": weights.sha256,
         "architecture": card.architecture.name,

@@ -27,10 +27,10 @@ import nst_model
 from nst_model import FeatureModel, InvalidOption, Iterate, NstModelError, Style, StylizeOptions
 from nst_model.devices import memory_bytes
 from nst_model.errors import DamagedState
-from nst_model.losses import MOMENTS
-from nst_model.options import STEERABLE
+from nst_model.options import MOMENTS, STEERABLE
+from nst_model.scales import scales
 from nst_model.state import State
-from nst_model.stylization import LayerTargets, Stylization, TargetsOf, of_size, scales
+from nst_model.stylization import LayerTargets, Stylization, TargetsOf, of_size
 from nst_model.weights import load_weights
 from nst_server.errors import RequestError
 from nst_server.gram_cache import GramCache, GramKey
