@@ -133,7 +133,7 @@ def _description(content: Iterable[bytes], sealed: bytes) -> dict[str, Any]:
     try:
         description = json.loads(sealed)
         version = description["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidArtifact(f"the file's description cannot be read: {error}") from None
     if version != FORMAT_VERSION:
         raise InvalidArtifact(f"the file has format version {version!r}; this version reads {FORMAT_VERSION}")
@@ -179,7 +179,7 @@ def _safetensors_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
                 raise InvalidArtifact("the file is no artifact of this project: its tensors are laid out otherwise")
             tensors[name] = (tuple(entry["shape"]), data[start + begin : start + end_here])
             end = end_here
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArtifact(f"the file is damaged, or no artifact of this project: {error}") from None
     if start + end != len(data):
         raise InvalidArtifact("the file is truncated, or has something behind its tensors")
