@@ -156,7 +156,11 @@ def _parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
 def _archive_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+            entries = archive.infolist()
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if compressed or sum(entry.file_size for entry in entries) > len(data):  # else it could fill the memory
+                raise InvalidArtifact("the file is no artifact of this project: it is compressed")
+            members = {entry.filename.partition("/")[2]: archive.read(entry) for entry in entries}
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InvalidArtifact(f"the file is truncated or damaged: {error}") from None
     sealed = members.pop(EXTRA, None)
