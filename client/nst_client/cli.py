@@ -43,6 +43,7 @@ from nst_client.errors import (
 )
 from nst_client.flags import flag_values, with_option_flags
 from nst_client.images import ImageFormat
+from nst_client.inspection import description_lines, read_description
 from nst_client.json_lines import json_line
 from nst_client.like import Example, Order
 from nst_client.options import OPTIONS
@@ -564,6 +565,16 @@ def export(
     with Client(server, on_connection=display.show_connection) as client, sigterm_as_interrupt(), display:
         file = client.export_model(model, on_progress=display.show_bytes, **wanted)
     _keep(file, target, quiet=quiet)
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported model, or a style file.")],
+    json: Json = False,
+) -> None:
+    """Check an exported file, and say what it contains. Nothing in it is executed, and no server is asked."""
+    described = read_description(file)
+    print(json_line(described) if json else "\n".join(description_lines(file, described)))
 
 
 @app.command()

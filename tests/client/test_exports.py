@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +16,9 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
+import nst_model
 from nst.v1 import (
     file_pb2,
     model_service_pb2,
@@ -468,3 +473,87 @@ def test_a_closed_client_fetches_nothing(serve: Any) -> None:
     thread.join(5)
     assert [type(error) for error in errors] == [ClientClosedError]
     assert maker.left.wait(5)
+
+
+# What is in a file
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny_weights_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An exported model and a style file, written by the core."""
+    weights = nst_model.load_weights("vgg16", tiny_weights_file)
+    spec = nst_model.ExportSpec(model="vgg16", graph="closure", format="torchscript", padding="mirror")
+    style = nst_model.Style(torch.rand(3, 48, 64), name="ab" * 32)
+    options = nst_model.StylizeOptions(size_px=64, first_size_px=40, precision="fp32")
+    kept = nst_model.prepare_style(nst_model.FeatureModel(weights, "cpu"), [style], options, display_name="The [sea]")
+    folder = tmp_path_factory.mktemp("artifacts")
+    found = {"model": folder / "closure.pt", "style": folder / "sea.style.safetensors"}
+    found["model"].write_bytes(nst_model.export(weights, spec))
+    found["style"].write_bytes(kept.to_bytes())
+    return found
+
+
+def test_inspect_says_what_a_model_is(nst: Any, artifacts: dict[str, Path]) -> None:
+    """`nst inspect FILE` needs no server: graph, format, model, licence, contract of the input, names and shapes."""
+    done = nst("inspect", artifacts["model"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{artifacts['model']}: ")
+    assert lines[0].endswith(", whole and unaltered")
+    assert lines[1].startswith("graph      closure, torchscript, fp32, torch ")
+    assert lines[2] == "model      vgg16: VGG-16 (ImageNet), licence BSD-3-Clause"
+    assert "network    vgg16, pooling max, padding mirror" in lines
+    assert "margin     mirror the picture by 16 px on each side first" in lines
+    assert "inputs     image            float32 (batch, 3, height, width)" in lines
+    assert "           gradient         float32 (batch, 3, height, width)" in lines
+    assert lines[-1].startswith("made by nst-service ")
+
+
+def test_inspect_says_what_a_style_is(nst: Any, artifacts: dict[str, Path]) -> None:
+    """Model, sizes, layers, and the images that it was made of."""
+    lines = nst("inspect", artifacts["style"]).stdout.splitlines()
+    assert lines[1] == "style      The [sea], safetensors, fp32"
+    assert "sizes      45, 64 px" in lines
+    assert "layers     relu1_1, relu2_1, relu3_1, relu4_1, relu5_1" in lines
+    assert f"image      share 1, sha256 {'ab' * 32}" in lines
+
+
+def test_inspect_for_programs(nst: Any, artifacts: dict[str, Path]) -> None:
+    """`--json` prints the description as it stands in the file, on one line."""
+    for file in artifacts.values():
+        [line] = nst("inspect", file, "--json").stdout.splitlines()
+        assert json.loads(line) == nst_model.read_description(file)
+
+
+def test_inspect_refuses_what_is_not_as_it_was_written(nst: Any, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """Truncated, damaged, altered, a pickle, something else, nothing: exit code 2 and one line that says which."""
+    model = artifacts["model"].read_bytes()
+    bad = {
+        "truncated": model[: len(model) // 2],
+        "damaged": model.replace(b"relu4_2", b"relu4_3"),
+        "altered": artifacts["style"].read_bytes().replace(b"The [sea]", b"The [see]"),
+        "pickle": pickle.dumps({"weights": 1}),
+        "no artifact": b"hello",
+    }
+    for what, data in bad.items():
+        (tmp_path / "file").write_bytes(data)
+        done = nst("inspect", tmp_path / "file")
+        assert (done.exit_code, done.stdout) == (2, ""), what
+        [line] = done.stderr.splitlines()
+        assert line.startswith(f"nst: '{tmp_path / 'file'}': ")
+        assert what in line
+    for path in (tmp_path, tmp_path / "none"):
+        done = nst("inspect", path)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"nst: cannot read '{path}': ")
+
+
+def test_inspect_imports_no_torch(artifacts: dict[str, Path]) -> None:
+    """It works in a client's installation, and at once."""
+    code = (
+        "import sys; from nst_client.inspection import read_description; read_description(sys.argv[1]);"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    command = [sys.executable, "-c", code, str(artifacts["style"])]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "safetensors", "onnx"} & set(loaded)
