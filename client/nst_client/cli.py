@@ -471,7 +471,7 @@ def list_styles(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
         styles = client.list_styles()
         if json:
             return _print_json(styles)
-        rows = [(style.name, style.display_name, str(len(style.images)), _date(style.create_time)) for style in styles]
+        rows = [(style.name, style.display_name, _image_count(style), _date(style.create_time)) for style in styles]
     return _print_table(("name", "display name", "images", "created"), rows)
 
 
@@ -698,6 +698,10 @@ def _age(job: Job) -> str:
     if job.create_time is None:
         return ""
     return duration_text((datetime.now(UTC) - job.create_time).total_seconds())
+
+
+def _image_count(style: Style) -> str:
+    return str(len(style.images)) if style.file is None else "imported"
 
 
 def _style_lines(style: Style) -> Iterable[str]:

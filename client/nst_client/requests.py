@@ -195,7 +195,9 @@ def export_style_request(
     style: str | StyleName | Style, *, model: str | None, options: Mapping[str, object]
 ) -> style_service_pb2.ExportStyleRequest:
     """Return the request of ExportStyle. Raises InvalidArgumentError and its kind."""
-    return style_service_pb2.ExportStyleRequest(name=style_name(style), model=model, options=options_message(options))
+    return style_service_pb2.ExportStyleRequest(
+        name=style_name(style), model=model, options=options_message(options) if options else None
+    )
 
 
 def import_style_request(

@@ -254,7 +254,7 @@ class Style:
     """When it was created, UTC."""
     prepared: tuple[PreparedGrams, ...]
     """For what its Gram matrices are on disk."""
-    file: StyleFile | None
+    file: StyleFile | None = None
     """What an imported style came in; None for one of images."""
 
 

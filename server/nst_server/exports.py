@@ -38,6 +38,9 @@ MAKERS = ("nst-service", "torch", "onnx", "onnxscript")
 SIGN_OF_LIFE_S = 10.0
 """How often who waits for a file hears that it is still being made."""
 
+FIRST_SIGN_S = 0.5
+"""When who waits for a file hears for the first time that it is being made."""
+
 MAX_WAITING = 16
 """Files that may wait to be made while another is; one more is refused."""
 
@@ -145,10 +148,10 @@ class Exports:
             making = self._making(order)
             making.callers += 1
             try:
-                while not making.task.done():
-                    await asyncio.wait([making.task], timeout=SIGN_OF_LIFE_S)
-                    if not making.task.done():
-                        yield None
+                pause_s = FIRST_SIGN_S
+                while not (await asyncio.wait([making.task], timeout=pause_s))[0]:
+                    yield None
+                    pause_s = SIGN_OF_LIFE_S
                 path = await _outcome(making.task)
                 stream = await asyncio.to_thread(path.open, "rb")
             except FileNotFoundError:  # others were made in that moment, and this one had to go
@@ -217,6 +220,9 @@ class Exports:
             self._typical_s += 0.3 * (seconds - self._typical_s)
             log.info("exported", file=order.name, bytes=outcome.size, seconds=round(seconds, 1))
             return await asyncio.to_thread(self._kept, partial, key, outcome.sha256)
+        except asyncio.CancelledError:
+            log.info("export given up", file=order.name)
+            raise
         finally:
             process.kill()
             await asyncio.shield(conversation)  # it ends with the process

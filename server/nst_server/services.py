@@ -313,7 +313,7 @@ class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):
     @refusing
     async def ExportStyle(self, request: Any, context: Any) -> None:  # noqa: N802
         """Make a style file and stream it."""
-        options = convert.options_from_proto(request.options) if request.HasField("options") else None
+        options = convert.options_from_proto(request.options) if request.options.ListFields() else None
         made = await self._application.export_style(request.name, request.model, options)
         await _send_file(made, request, context, self._write_timeout_s)
 

@@ -123,6 +123,10 @@ class Shelf(style_service_pb2_grpc.StyleServiceServicer):
         """Show it."""
         return self.style
 
+    def ListStyles(self, _request: Any, _context: Any) -> Any:  # noqa: N802
+        """List it."""
+        return style_service_pb2.ListStylesResponse(styles=[self.style])
+
 
 # Fetching
 
@@ -437,8 +441,10 @@ def test_styles_export_and_import(nst: Any, serve: Any, tmp_path: Path) -> None:
 
 
 def test_styles_show_says_what_an_imported_style_is_for(nst: Any, serve: Any) -> None:
-    """Model, pooling, padding, sizes and layers, and what it was made of."""
-    shown = nst("styles", "show", "sea", address=serve(Shelf()).address).stdout.splitlines()
+    """Model, pooling, padding, sizes and layers, and what it was made of; the list says that it was imported."""
+    address = serve(Shelf()).address
+    assert "imported" in nst("styles", "list", address=address).stdout
+    shown = nst("styles", "show", "sea", address=address).stdout.splitlines()
     assert shown == [
         "styles/sea",
         "The sea",

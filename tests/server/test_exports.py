@@ -251,7 +251,8 @@ async def test_signs_of_life_come_while_a_file_is_made(
     shared: Server, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Empty parts, before the file; a stock client that appends `data` appends nothing."""
-    monkeypatch.setattr(exports_module, "SIGN_OF_LIFE_S", 0.05)
+    monkeypatch.setattr(exports_module, "FIRST_SIGN_S", 0.01)
+    monkeypatch.setattr(exports_module, "SIGN_OF_LIFE_S", 0.01)
     sent = await parts(caller, padding="PADDING_REPLICATE")
     assert whole(sent)
     assert sent[0] == sent[1] == file_pb2.FilePart()

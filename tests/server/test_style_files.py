@@ -178,6 +178,8 @@ async def test_an_imported_style_is_exported_as_it_came(caller: Caller, file: by
     """The same bytes, from any offset; refused if it does not serve what is named."""
     await importing(caller, file, "back")
     assert await exported(caller, "back") == file
+    nothing_named = style_service_pb2.ExportStyleRequest(name="back", options={})
+    assert whole([part async for part in caller.styles.ExportStyle(nothing_named)]) == file
     assert await exported(caller, "styles/back", model="models/vgg16", **OPTIONS) == file
     request = style_service_pb2.ExportStyleRequest(name="back", offset=100)
     assert whole([part async for part in caller.styles.ExportStyle(request)], file[:100]) == file
