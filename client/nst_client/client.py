@@ -69,8 +69,8 @@ class Client:
 
     `address` is `host:port`; the port may be left out (50051). `credentials` encrypt the connection and say who the
     server must be (`grpc.ssl_channel_credentials()`); without them it is neither encrypted nor authenticated.
-    `timeout_s` bounds every call but those that last as long as a job or a file: `stylize`, `create_job`, `watch_job`
-    and `download_image`.
+    `timeout_s` bounds every call but those that last as long as a job or a file: `stylize`, `create_job`, `watch_job`,
+    `download_image`, `export_model` and `export_style`.
 
     A connection that breaks and a server that restarts are not noticed: what was under way is taken up again where it
     stood, for up to `patience_s` seconds without an answer; 0 to give up at once. `on_connection` is called, in the
