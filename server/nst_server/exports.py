@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -76,11 +77,10 @@ class ExportOrder:
     name: str
     depends_on: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """What tells the file from all others, 64 hexadecimal digits."""
-        versions = {package: importlib.metadata.version(package) for package in MAKERS}
-        return hashlib.sha256(json.dumps([versions, self.depends_on], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_versions(), self.depends_on], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Exports:
                 while not (await asyncio.wait([making.task], timeout=pause_s))[0]:
                     yield None
                     pause_s = SIGN_OF_LIFE_S
-                path = await _outcome(making.task)
+                path = _outcome(making.task)
                 stream = await asyncio.to_thread(path.open, "rb")
             except FileNotFoundError:  # others were made in that moment, and this one had to go
                 path = None
@@ -257,7 +257,12 @@ class Exports:
             total -= size
 
 
-async def _outcome(task: asyncio.Task[Path]) -> Path:
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in MAKERS}
+
+
+def _outcome(task: asyncio.Task[Path]) -> Path:
     """Return what a task that is done has come to. Raises Stopping if it was cancelled, which only a stop does."""
     try:
         return task.result()

@@ -16,11 +16,14 @@ from typing import Any
 
 import grpc
 import pytest
+import safetensors.torch
 
 from nst.v1 import file_pb2, model_service_pb2, style_transfer_service_pb2
 from nst_model import read_description
+from nst_model.architecture import VGG16
 from nst_server import Server, convert
 from nst_server import exports as exports_module
+from tests.conftest import TINY_WIDTHS, random_state
 from tests.server.conftest import Caller, until
 from tests.server.test_process import launch
 from tests.server.test_styles import small_disk
@@ -205,6 +208,19 @@ async def test_a_file_is_made_once(serve: Serve) -> None:
     kept.write_bytes(data[:-1] + b"x")
     assert await exported(client) == data
     assert kept.read_bytes() == data
+
+
+async def test_other_weights_are_another_file(serve: Serve, tmp_path: Path) -> None:
+    """A server that is started with other weights does not send what it made of the ones before."""
+    server, client = await serve()
+    data = await exported(client)
+    await server.stop(0)
+    weights = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(random_state(VGG16, TINY_WIDTHS, seed=1), weights)
+    _, client = await serve(weights={"vgg16": weights})
+    other = await exported(client)
+    assert other != data
+    assert read_description(other)["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 async def test_what_is_kept_is_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
