@@ -144,7 +144,7 @@ class ProcessExecutor:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         ours, theirs = CONTEXT.Pipe()
-        await _warm()
+        await warm()
         arguments = (theirs, self._config, dict(os.environ))
         process = CONTEXT.Process(target=_worker_main, args=arguments, daemon=True, name="nst-worker")
         with theirs:
@@ -236,7 +236,7 @@ class ProcessExecutor:
                     break
                 loop.call_soon_threadsafe(self._received, message)
             process.join()
-            loop.call_soon_threadsafe(self._died, process, _exit_description(process.exitcode))
+            loop.call_soon_threadsafe(self._died, process, exit_description(process.exitcode))
 
     def _received(self, message: Message) -> None:
         match message:
@@ -293,7 +293,7 @@ class ProcessExecutor:
             self._ready.set_exception(error)
 
 
-async def _warm() -> None:
+async def warm() -> None:
     """Wait until the process that workers are forked from, if there is one, can be."""
     os.environ |= SPINNING | os.environ
     loop, warm = asyncio.get_running_loop(), asyncio.Event()
@@ -325,5 +325,6 @@ def _worker_main(connection: Connection, config: WorkerConfig, environment: dict
     main(connection, config)
 
 
-def _exit_description(code: int | None) -> str:
+def exit_description(code: int | None) -> str:
+    """Return how a process ended."""
     return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"

@@ -19,7 +19,7 @@ from nst_model.options import StylizeOptions
 from nst_server.errors import RequestError, StorageUnavailable
 from nst_server.frames import Frame, Frames, Newest, Picture, PreviewSpec, Spooled
 from nst_server.images import EncodedImage, Encoding, ImageFormat
-from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage
+from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage, StyleMoments
 
 if TYPE_CHECKING:
     from nst_server.images import Mask, Pixels
@@ -75,7 +75,7 @@ class JobSpec:
     model: str
     options: StylizeOptions
     content: Pixels
-    styles: tuple[StyleImage, ...]
+    styles: tuple[StyleImage | StyleMoments, ...]
     preview_interval: int
     output: Encoding
     start: Pixels | None = None

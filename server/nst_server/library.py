@@ -92,7 +92,10 @@ class Library:
 
     async def describe(self, name: str) -> ImageRecord:
         """Return what is known of an image."""
-        return await self._ledger.store.image(name.removeprefix("images/"))
+        image = await self._ledger.store.image(name.removeprefix("images/"))
+        if not image.mime.startswith("image/"):  # a style file, which a job holds
+            raise NotFound("name", f"there is no image {name!r}")
+        return image
 
     async def read(self, image: ImageRecord, offset: int) -> AsyncIterator[tuple[int, bytes]]:
         """Yield the parts of an image's file from an offset on, each with its own."""

@@ -155,8 +155,12 @@ class Server:
         style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(
             StyleTransferServicer(application, settings.write_timeout_s), self._grpc
         )
-        style_service_pb2_grpc.add_StyleServiceServicer_to_server(StyleServicer(application), self._grpc)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(application), self._grpc)
+        style_service_pb2_grpc.add_StyleServiceServicer_to_server(
+            StyleServicer(application, settings.write_timeout_s), self._grpc
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(application, settings.write_timeout_s), self._grpc
+        )
         max_bytes = settings.max_image_mib * 1024 * 1024
         library = Library(self._ledger, max_bytes, settings.max_megapixels * 1_000_000)
         image_service_pb2_grpc.add_ImageServiceServicer_to_server(

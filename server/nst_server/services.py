@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -14,6 +14,7 @@ import structlog
 from google.protobuf import empty_pb2
 
 from nst.v1 import (
+    file_pb2,
     image_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
@@ -34,6 +35,7 @@ from nst_server.errors import (
     TooManyStreams,
     Unread,
 )
+from nst_server.exports import ExportedFile
 from nst_server.frames import PreviewSpec
 from nst_server.jobs import Event, Job, StateChanged
 from nst_server.library import Library
@@ -202,6 +204,29 @@ async def _write(context: Any, message: Any, timeout_s: float, resource: str) ->
         raise asyncio.CancelledError from None
 
 
+async def _send_file(made: AsyncGenerator[ExportedFile | None], request: Any, context: Any, timeout_s: float) -> None:
+    """Write a file to a stream, from the request's offset on, with signs of life while it is being made.
+
+    Who breaks off the call does not want the file any more. Raises InvalidField, Unread, and what `made` does.
+    """
+    async with contextlib.aclosing(made):
+        if request.offset < 0:
+            raise InvalidField("offset", f"must be at least 0, not {request.offset}")
+        async for file in made:
+            if file is None:
+                await _write(context, file_pb2.FilePart(), timeout_s, "an export")
+                continue
+            offset = request.offset if request.sha256.lower() in ("", file.sha256) else 0
+            if offset > file.size:
+                raise InvalidField("offset", f"must be from 0 to {file.size}, not {offset}")
+            whole = False
+            while not whole:
+                data = await file.read(offset, convert.PART_BYTES)
+                await _write(context, convert.file_part_to_proto(file, offset, data), timeout_s, file.name)
+                offset += len(data)
+                whole = offset >= file.size
+
+
 class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
     """Makes pictures."""
 
@@ -342,8 +367,9 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):
     """Keeps styles."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, write_timeout_s: float) -> None:
         self._application = application
+        self._write_timeout_s = write_timeout_s
 
     @refusing
     async def CreateStyle(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
@@ -373,15 +399,29 @@ class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):
         await self._application.delete_style(request.name)
         return empty_pb2.Empty()
 
+    @refusing
+    async def ExportStyle(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Make a style file and stream it."""
+        options = convert.options_from_proto(request.options) if request.options.ListFields() else None
+        made = await self._application.export_style(request.name, request.model, options)
+        await _send_file(made, request, context, self._write_timeout_s)
+
+    @refusing
+    async def ImportStyle(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Store the style in a style file."""
+        style = await self._application.import_style(request.style_id, request.display_name, request.data)
+        return await self._described(style)
+
     async def _described(self, style: Style) -> Any:
         return convert.style_to_proto(style, await asyncio.to_thread(self._application.prepared, style))
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
-    """Lists feature models."""
+    """Lists and exports feature models."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, write_timeout_s: float) -> None:
         self._application = application
+        self._write_timeout_s = write_timeout_s
 
     @refusing
     async def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
@@ -391,3 +431,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         default = self._application.default_model
         listed = [convert.model_to_proto(card, sha256, default=card.name == default) for card, sha256 in models]
         return model_service_pb2.ListModelsResponse(models=listed, next_page_token=token)
+
+    @refusing
+    async def ExportModel(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Make a file of a feature model and stream it."""
+        spec = convert.export_from_proto(request, self._application.default_model)
+        made = await self._application.export_model(spec)
+        await _send_file(made, request, context, self._write_timeout_s)

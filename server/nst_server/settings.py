@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     listen: str = Field("localhost:50051", description="Address and port to listen on; port 0 takes a free one.")
     data_dir: Path = Field(
         platformdirs.user_data_path("nst"),
-        description="Folder of jobs, images, stored styles and their Gram matrices; made if it is not there. "
+        description="Folder of jobs, images, stored styles, their Gram matrices and exports; made if it is not there. "
         "One server uses it at a time.",
     )
     database: str = Field(
@@ -95,6 +95,9 @@ class Settings(BaseSettings):
     max_streams: int = Field(1000, ge=1, le=100_000, description="Streams served at once; one more is refused.")
     gram_cache_mib: int = Field(
         1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."
+    )
+    export_cache_mib: int = Field(
+        1024, ge=1, le=1_048_576, description="Disk space for exported files, MiB; those not used for longest go first."
     )
     write_timeout_s: float = Field(
         60,

@@ -87,7 +87,10 @@ async def test_reflection_lists_the_services_and_their_methods(shared: Server) -
         "GetStyle",
         "ListStyles",
         "DeleteStyle",
+        "ExportStyle",
+        "ImportStyle",
         "ListModels",
+        "ExportModel",
     }
 
 

@@ -43,6 +43,7 @@ START_S = 30
 FRONT = """
 import asyncio, json, sys
 import grpc
+from nst.v1 import model_service_pb2, model_service_pb2_grpc
 from nst.v1 import style_transfer_service_pb2, style_transfer_service_pb2_grpc
 from nst_server import Server, Settings
 
@@ -54,6 +55,9 @@ async def main():
         async with grpc.aio.insecure_channel(server.address) as channel:
             stub = style_transfer_service_pb2_grpc.StyleTransferServiceStub(channel)
             async for _ in stub.Stylize(whole):
+                pass
+            export = model_service_pb2.ExportModelRequest(format="EXPORT_FORMAT_TORCHSCRIPT")
+            async for _ in model_service_pb2_grpc.ModelServiceStub(channel).ExportModel(export):
                 pass
             async for response in stub.Stylize(endless):
                 if response.event.progress.iteration == 5:
