@@ -6,6 +6,7 @@ Knows nothing of gRPC: a transport reads `Job.watch` and converts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -198,6 +199,10 @@ class Archive(Protocol):
     async def file(self, sha256: str) -> bytes:
         """Return a result's file."""
 
+    @property
+    def read_only(self) -> RequestError | None:
+        """Why nothing that happens can be told, and probably will not be soon; None if it can, or will be."""
+
     def spool(self) -> BinaryIO:
         """Return an empty file for frames that wait, which is gone when it is closed."""
 
@@ -378,7 +383,7 @@ class Job:
                 yield event
             cursor = max(cursor, self._before)  # what is compacted is in the snapshot
             if self.elsewhere and not self._shown.state.terminal:
-                present = self._follow(cursor, heartbeat_s)
+                present = self._follow(cursor, wakeup, heartbeat_s)
             else:
                 present = self._present(cursor, told, frames, wakeup, heartbeat_s)
             async for event in present:
@@ -399,6 +404,8 @@ class Job:
         self, cursor: int, told: int, frames: Frames, wakeup: asyncio.Event, heartbeat_s: float
     ) -> AsyncGenerator[Event]:
         """Yield the events after a number that have been seen here, and those to come, with frames in between."""
+        loop = asyncio.get_running_loop()
+        quiet_until = loop.time() + heartbeat_s
         while True:
             wakeup.clear()
             while cursor < self._before + len(self._log):
@@ -410,19 +417,23 @@ class Job:
                     told = event.payload.iteration
                 cursor += 1
                 yield await self._whole(event)
+                quiet_until = loop.time() + heartbeat_s
             if self._shown.state.terminal:
                 return
-            if self._lost is not None:
-                raise self._lost
+            if (error := self._lost or self._archive.read_only) is not None:
+                raise error
             if frame := await frames.due(told):
                 yield self._event(frame, cursor)
+                quiet_until = loop.time() + heartbeat_s
                 continue
             try:
-                await asyncio.wait_for(wakeup.wait(), heartbeat_s)
-            except TimeoutError:
+                async with asyncio.timeout_at(quiet_until):
+                    await wakeup.wait()
+            except TimeoutError:  # pictures that cannot be shown yet are no sign of life
                 yield self._event(Heartbeat(), cursor)
+                quiet_until = loop.time() + heartbeat_s
 
-    async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
+    async def _follow(self, cursor: int, wakeup: asyncio.Event, heartbeat_s: float) -> AsyncGenerator[Event]:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
         quiet_s = 0.0
         while self._lost is None:
@@ -431,7 +442,8 @@ class Job:
                 yield await self._whole(event)
                 if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
                     return
-            await asyncio.sleep(FOLLOW_S)
+            with contextlib.suppress(TimeoutError):  # a server that stops says so at once
+                await asyncio.wait_for(wakeup.wait(), FOLLOW_S)
             quiet_s += FOLLOW_S
             if quiet_s >= heartbeat_s:
                 quiet_s = 0.0
