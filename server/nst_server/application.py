@@ -186,14 +186,12 @@ class Application:
     ) -> tuple[Job, bool]:
         spec = await self._decode(self._checked, request)
         snapshot = JobSnapshot.queued(spec, request.request_id, self.scheduler.next_position(caller))
-        style_files = {style.get("moments") for style in described["styles"]}
-        for name, data in files.items():
-            kind = STYLE_FILE if name in style_files else await self._decode(images.kind_of, data)
-            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=name)
+        await self._keep(files, described)
         if self.scheduler.stopping:
             raise STOPPING
         job = Job(snapshot, self._ledger, spec, caller=caller)
-        self._accepting.add(accepting := asyncio.create_task(self._accept(job, described, sha256, list(files))))
+        stored = described | {"machine": caller}  # to take turns after a restart, too
+        self._accepting.add(accepting := asyncio.create_task(self._accept(job, stored, sha256, files)))
         accepting.add_done_callback(self._accepting.discard)
         try:
             job, new = await asyncio.shield(accepting)
@@ -202,9 +200,23 @@ class Application:
             accepting.add_done_callback(functools.partial(self._left, owned=owned))
             raise
 
-    async def _accept(self, job: Job, request: dict[str, Any], sha256: str, images: Sequence[str]) -> tuple[Job, bool]:
+    async def _keep(self, files: Mapping[str, bytes], request: Mapping[str, Any]) -> None:
+        """Keep the files of a request as it is stored, by SHA-256: images, and files of imported styles."""
+        style_files = {style.get("moments") for style in request["styles"]}
+        for sha256, data in files.items():
+            kind = STYLE_FILE if sha256 in style_files else await self._decode(images.kind_of, data)
+            await self._ledger.keep_image(data, kind.width, kind.height, kind.media_type, sha256=sha256)
+
+    async def _accept(
+        self, job: Job, request: dict[str, Any], sha256: str, files: Mapping[str, bytes]
+    ) -> tuple[Job, bool]:
         """Store a new job and queue it; return it, or the one that is there for its `request_id` and False."""
-        record, new = await self._ledger.create(job.now, request, sha256, images, EVERYBODY)
+        while True:
+            try:
+                record, new = await self._ledger.create(job.now, request, sha256, list(files), EVERYBODY)
+                break
+            except NotFound:  # a job that was deleted took one of its images along
+                await self._keep(files, request)
         if not new:
             return self._ledger.job(record), False
         if self.scheduler.stopping:  # the next server has it
@@ -266,7 +278,7 @@ class Application:
         for wait in done:
             if wait is not None:
                 await asyncio.shield(wait)
-        await self._ledger.journal.flush()
+        await self._ledger.journal.durable(self._ledger.journal.flush())
         job.check()
         return job
 
@@ -289,14 +301,22 @@ class Application:
             return await self.get_job(name)
         job.check()
         self.scheduler.cancel(job)
-        await job.ended()
+        await self._ledger.journal.durable(job.ended())
         job.check()
         return job
 
-    async def delete_job(self, name: str) -> None:
-        """Delete a job, ending it first. Raises NotFound."""
-        job = await self.cancel_job(name)
-        await self._ledger.delete(job.name)
+    async def delete_job(self, name: str) -> int:
+        """Delete a job, ending it first; return how many bytes that made free. Raises NotFound."""
+        job = await self.get_job(name)
+        if job.elsewhere:
+            await self.cancel_job(name)
+        else:
+            self.scheduler.cancel(job)
+            await self._ledger.over(job)
+        freed = await self._ledger.delete(job.name)
+        if not job.snapshot().state.terminal:
+            job.lost(NotFound("name", f"{job.name} has been deleted"))
+        return freed
 
     def watch(self, job: Job, preview: PreviewSpec, after: int = 0) -> AsyncGenerator[Event]:
         """Return what happens to a job after an event; see `Job.watch`."""
@@ -830,6 +850,8 @@ def _job_token(page_token: str) -> tuple[datetime, str] | None:
         there = datetime.fromisoformat(time)
         if there.tzinfo is None:
             raise ValueError("without a zone")
+        if "\0" in name:  # PostgreSQL takes no such text
+            raise ValueError("no id")
         return there.astimezone(UTC), name.removeprefix("jobs/")
     except (ValueError, OverflowError) as error:
         raise InvalidField("page_token", NO_TOKEN) from error

@@ -67,15 +67,17 @@ OPTION_TYPES = {
 JOB_ERROR_CODES = {
     "WORKER_DIED": code_pb2.UNAVAILABLE,
     "GIVEN_UP": code_pb2.ABORTED,
-    "SERVER_STOPPING": code_pb2.UNAVAILABLE,
     "OUT_OF_MEMORY": code_pb2.RESOURCE_EXHAUSTED,
     "MODEL_UNAVAILABLE": code_pb2.FAILED_PRECONDITION,
+    "INTERNAL": code_pb2.INTERNAL,
+    # What was accepted, and is refused when its turn comes.
     "NOT_FOUND": code_pb2.NOT_FOUND,
-    "STORAGE_FULL": code_pb2.RESOURCE_EXHAUSTED,
+    "INVALID_FIELD": code_pb2.INVALID_ARGUMENT,
+    "MODEL_NOT_FETCHED": code_pb2.FAILED_PRECONDITION,
     "STORAGE_READ_ONLY": code_pb2.FAILED_PRECONDITION,
     "STORAGE_DAMAGED": code_pb2.DATA_LOSS,
-    "STORAGE_UNAVAILABLE": code_pb2.UNAVAILABLE,
 }
+"""What a job can fail of, which is the list in the contract's JobError."""
 
 
 def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:

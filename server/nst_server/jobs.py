@@ -202,6 +202,10 @@ class Archive(Protocol):
     async def file(self, sha256: str) -> bytes:
         """Return a result's file."""
 
+    @property
+    def read_only(self) -> RequestError | None:
+        """Why nothing that happens can be told, and probably will not be soon; None if it can, or will be."""
+
     def spool(self) -> BinaryIO:
         """Return an empty file for frames that wait, which is gone when it is closed."""
 
@@ -412,6 +416,8 @@ class Job:
         self, cursor: int, told: int, frames: Frames, wakeup: asyncio.Event, heartbeat_s: float
     ) -> AsyncGenerator[Event]:
         """Yield the events after a number that have been seen here, and those to come, with frames in between."""
+        loop = asyncio.get_running_loop()
+        quiet_until = loop.time() + heartbeat_s
         while True:
             wakeup.clear()
             while cursor < self._before + len(self._log):
@@ -423,17 +429,21 @@ class Job:
                     told = event.payload.iteration
                 cursor += 1
                 yield await self._whole(event)
+                quiet_until = loop.time() + heartbeat_s
             if self._shown.state.terminal:
                 return
-            if self._lost is not None:
-                raise self._lost
+            if (error := self._lost or self._archive.read_only) is not None:
+                raise error
             if frame := await frames.due(told):
                 yield self._event(frame, cursor)
+                quiet_until = loop.time() + heartbeat_s
                 continue
             try:
-                await asyncio.wait_for(wakeup.wait(), heartbeat_s)
-            except TimeoutError:
+                async with asyncio.timeout_at(quiet_until):
+                    await wakeup.wait()
+            except TimeoutError:  # pictures that cannot be shown yet are no sign of life
                 yield self._event(Heartbeat(), cursor)
+                quiet_until = loop.time() + heartbeat_s
 
     async def _follow(self, cursor: int, wakeup: asyncio.Event, heartbeat_s: float) -> AsyncGenerator[Event]:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
@@ -444,9 +454,8 @@ class Job:
                 yield await self._whole(event)
                 if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
                     return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FOLLOW_S):
-                    await wakeup.wait()  # only the stop of this server does
+            with contextlib.suppress(TimeoutError):  # a server that stops says so at once
+                await asyncio.wait_for(wakeup.wait(), FOLLOW_S)
             quiet_s += FOLLOW_S
             if quiet_s >= heartbeat_s:
                 quiet_s = 0.0

@@ -77,8 +77,8 @@ class Keeping(Protocol):
     async def attempt(self, job: Job) -> bool:
         """Begin the next attempt at a queued job; return False if this server has it no more."""
 
-    async def keep_image(self, data: bytes, width: int, height: int, media_type: str) -> None:
-        """Keep an image file."""
+    async def keep_result(self, job: Job, data: bytes, width: int, height: int, media_type: str) -> None:
+        """Keep the file of a job's result."""
 
     def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
         """Note a job's newest checkpoint."""
@@ -443,7 +443,7 @@ class Scheduler:
             )
             media_type = MEDIA_TYPES[output.format]
             await patiently(
-                lambda: self._ledger.keep_image(image.data, image.width, image.height, media_type),
+                lambda: self._ledger.keep_result(job, image.data, image.width, image.height, media_type),
                 f"the result of {job.name} cannot be kept",
             )
         except asyncio.CancelledError:  # the server stops: the next one has the last checkpoint

@@ -133,6 +133,9 @@ class Server:
         settings = self._settings
         self._ledger = await self._open()
         self._application = application = Application(settings, self._ledger)
+        keep = timedelta(days=settings.keep_days) if settings.keep_days else None
+        keep_bytes = round(settings.keep_gib * 2**30) if settings.keep_gib else None
+        housekeeper = Housekeeper(self._ledger, application.delete_job, keep, keep_bytes)
         self._grpc = grpc.aio.server(
             interceptors=[
                 Streams(_streaming(), settings.max_streams),
@@ -174,9 +177,7 @@ class Server:
         await self._grpc.start()
         await self._start_workers()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        keep = timedelta(days=settings.keep_days) if settings.keep_days else None
-        keep_bytes = round(settings.keep_gib * 2**30) if settings.keep_gib else None
-        self._housekeeping = asyncio.create_task(Housekeeper(self._ledger, keep, keep_bytes).run(), name="housekeeping")
+        self._housekeeping = asyncio.create_task(housekeeper.run(), name="housekeeping")
         self.starting = False
         log.info("serving", address=self.address, devices=[executor.device for executor in self.executors])
 

@@ -58,14 +58,17 @@ class Settings(BaseSettings):
         default=False, description="Keep jobs, images and checkpoints in memory only: they end with the server."
     )
     keep_days: float = Field(
-        30, ge=0, le=36_500, description="An ended job is deleted so many days after its end; 0 keeps it for ever."
+        30,
+        ge=0,
+        le=36_500,
+        description="A job is deleted so many days after it ended or was paused; 0 keeps it for ever.",
     )
     keep_gib: float = Field(
         20,
         ge=0,
         le=1_000_000,
-        description="Ended jobs are deleted, the oldest first, while the images of all jobs together are larger, GiB; "
-        "0 for no limit.",
+        description="Images, uploads and checkpoints may take so much together, GiB: what nobody holds goes, then "
+        "jobs that ended or are paused, the oldest first; what comes is refused if that is not enough. 0 for no limit.",
     )
     devices: list[str] = Field(
         ["auto"],

@@ -146,6 +146,31 @@ async def test_jobs_are_listed(serve: Serve, ask: Ask) -> None:
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
+async def test_names_that_no_database_takes_are_no_names(serve: Serve, tmp_path: Path, postgresql_url: str) -> None:
+    """A NUL byte, which PostgreSQL refuses in any text: NOT_FOUND, or INVALID_ARGUMENT in a page token."""
+    _, client = await serve(database=postgresql_url, blobs=f"file://{tmp_path}/blobs")
+    upload = image_service_pb2.GetUploadRequest(name="uploads/\0")
+    described = image_service_pb2.GetImageRequest(name="images/a\0")
+    for call in (
+        get(client, "jobs/\0"),
+        delete(client, "\0"),
+        watched(client, "a\0"),
+        image_stub(client).GetUpload(upload),
+        image_stub(client).GetImage(described),
+        downloaded(client, "images/" + "0" * 63 + "\0"),
+    ):
+        refusal = await client.refusal(call)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+    token = base64.urlsafe_b64encode(b"after:2026-01-01T00:00:00+00:00 jobs/\0").decode()
+    refusal = await client.refusal(listed_after(client, token))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "page_token")
+
+
+async def listed_after(client: Caller, token: str) -> style_transfer_service_pb2.ListJobsResponse:
+    """Return the page of jobs that a token stands for."""
+    return await client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest(page_token=token))
+
+
 async def test_a_job_is_steered_while_it_runs(caller: Caller, ask: Ask) -> None:
     """Its weights change the loss from then on, its budget its end; the change is one of its events."""
     job = await create(caller, ask(**(FOREVER | {"iterations": 1000, "size_px": 48})))

@@ -11,6 +11,7 @@ Json: TypeAlias = Mapping[str, Any]
 
 QUEUED = "queued"
 RUNNING = "running"
+PAUSED = "paused"
 ENDED = ("succeeded", "failed", "cancelled")
 """States that a job never leaves."""
 
