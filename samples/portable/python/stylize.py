@@ -48,9 +48,9 @@ class Objective:
     def __init__(self, folder: Path, photo: Array, style: Array) -> None:
         self._closure = opened(folder, "closure")
         self.margin_px: int = described(self._closure)["margin_px"]
-        self.start = self._with_margin(photo)
+        self.start = self.with_margin(photo)
         content = outputs(opened(folder, "features"), self.start)
-        grams = outputs(opened(folder, "grams"), self._with_margin(style))
+        grams = outputs(opened(folder, "grams"), self.with_margin(style))
         inputs = [entry.name for entry in self._closure.get_inputs()]
         content_layers = [name.removeprefix("content.") for name in inputs if name.startswith("content.")]
         style_layers = [name.removeprefix("style.") for name in inputs if name.startswith("style.")]
@@ -76,7 +76,8 @@ class Objective:
         pixels = x.reshape(self.start.shape)[0, :, margin : height - margin, margin : width - margin]
         return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
-    def _with_margin(self, picture: Array) -> Array:
+    def with_margin(self, picture: Array) -> Array:
+        """Return a picture as the model wants it."""
         beside = (self.margin_px, self.margin_px)
         return np.pad(picture, ((0, 0), (0, 0), beside, beside), mode="reflect")
 

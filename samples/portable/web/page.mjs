@@ -41,7 +41,7 @@ let worker = null;
 /** When the run's first iterate came, milliseconds, and what part of the run was done with it. */
 let first = { time: 0, work: 0 };
 
-empty.textContent = 'The picture appears here, and becomes while you watch.';
+empty.textContent = 'The picture appears here, and takes shape while you watch.';
 for (const sample of samples()) sample.addEventListener('change', () => ownStyle.clear());
 form.addEventListener('submit', (event) => {
   event.preventDefault();
@@ -84,7 +84,8 @@ function run(order) {
   stop.hidden = false;
   progress.hidden = false;
   progress.removeAttribute('value');
-  stop.focus();
+  stop.focus({ preventScroll: true });
+  element('easel', HTMLElement).scrollIntoView({ block: 'nearest' });
   chart.begin(edges(order.size).length * (order.iterations + 1));
   curve.hidden = true;
   say('Loading the model', '');
@@ -233,6 +234,7 @@ function samples() {
 function complain(message) {
   problem.textContent = message;
   problem.hidden = false;
+  problem.scrollIntoView({ block: 'nearest' });
 }
 
 function forgive() {
