@@ -83,10 +83,10 @@ def models(compiler: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `photo`, `style` and, halfway between them, `start`, as .png and .ppm, at their final size."""
     folder = tmp_path_factory.mktemp("pictures")
-    with Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png") as cat:
-        photo = cat.convert("RGB").resize((SIZE_PX, 85), Image.Resampling.LANCZOS)
-    with Image.open(REPOSITORY / "samples" / "styles" / "strokes.jpg") as strokes:
-        style = strokes.resize((SIZE_PX, 96), Image.Resampling.LANCZOS)
+    with Image.open(Path(skimage.__file__).parent / "data" / "coffee.png") as coffee:
+        photo = coffee.convert("RGB").resize((SIZE_PX, 85), Image.Resampling.LANCZOS)
+    with Image.open(REPOSITORY / "samples" / "styles" / "waves.jpg") as waves:
+        style = waves.resize((SIZE_PX, 96), Image.Resampling.LANCZOS)
     start = Image.blend(photo, style.resize(photo.size), 0.5)
     for name, picture in (("photo", photo), ("style", style), ("start", start)):
         picture.save(folder / f"{name}.png")

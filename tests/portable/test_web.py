@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nst_model import DEFAULT_MODEL, Padding, Pooling, load_weights
+from nst_model.export_spec import ExportFormat, ExportGraph, ExportSpec
+from nst_model.exports import export
 from tests.portable.conftest import SAMPLES, SIZE_PX
 
 WEB = SAMPLES / "web"
@@ -71,6 +74,22 @@ def test_javascript_computes_what_python_does(node: str, inputs: dict[str, str])
 def test_the_page_paints_in_a_browser(node: str, chromium: str, inputs: dict[str, str]) -> None:
     """In headless Chromium a photograph becomes a painting while the page stays responsive; bad files are named."""
     passes(node, inputs | {"NST_TEST_CHROMIUM": chromium}, "page")
+
+
+@pytest.mark.usefixtures("real_cache")
+def test_the_page_may_use_the_gpu(node: str, chromium: str, tmp_path: Path) -> None:
+    """WebGPU, here of SwiftShader, computes what WebAssembly does: of a closure up to relu2_1, with max pooling."""
+    spec = ExportSpec(
+        graph=ExportGraph.CLOSURE,
+        format=ExportFormat.ONNX,
+        content_layers=("relu2_1",),
+        style_layers=("relu1_1", "relu2_1"),
+        pooling=Pooling.MAX,
+        padding=Padding.MIRROR,
+    )
+    closure = tmp_path / "shallow.onnx"
+    closure.write_bytes(export(load_weights(DEFAULT_MODEL), spec))
+    passes(node, os.environ | {"NST_TEST_CHROMIUM": chromium, "NST_TEST_SHALLOW": str(closure)}, "gpu")
 
 
 def test_benchmark_prints_json(node: str, models: Path, pictures: Path) -> None:

@@ -1,11 +1,10 @@
 import assert from 'node:assert/strict';
-import { join } from 'node:path';
 import { test } from 'node:test';
 import { InvalidArtifact, readDescription } from '../description.mjs';
 import { graphFiles } from '../graphs.mjs';
-import { MODELS, PICTURES, fileOf, modelFiles } from './inputs.mjs';
+import { fileOf, modelFiles, modelPath, picturePath } from './inputs.mjs';
 
-const closure = await fileOf(join(MODELS, 'closure.onnx'));
+const closure = await fileOf(modelPath('closure'));
 
 /**
  * @param {Promise<unknown>} reading
@@ -22,7 +21,7 @@ test('an exported file says what it is', async () => {
 });
 
 test('a file that is no ONNX, or no graph of ours, is named', async () => {
-  const photo = await fileOf(join(PICTURES, 'photo.png'));
+  const photo = await fileOf(picturePath('photo'));
   await refused(readDescription(photo.bytes, photo.name), /^photo\.png is not an ONNX file/);
   await refused(readDescription(new Uint8Array(), 'empty.onnx'), /^empty\.onnx is not one of the graphs/);
   const foreign = Uint8Array.of(8, 9, 18, 2, 104, 105); // ir_version 9, producer_name "hi"

@@ -5,10 +5,6 @@ import sharp from 'sharp';
 import { GRAPHS } from '../graphs.mjs';
 import { fromPixels } from '../pictures.mjs';
 
-export const MODELS = given('NST_TEST_MODELS');
-export const PICTURES = given('NST_TEST_PICTURES');
-const EXPECTED = given('NST_TEST_EXPECTED');
-
 /** @param {string} name */
 export function given(name) {
   const value = process.env[name];
@@ -16,15 +12,22 @@ export function given(name) {
   return value;
 }
 
+/** @param {string} graph */
+export const modelPath = (graph) => join(given('NST_TEST_MODELS'), `${graph}.onnx`);
+
+/** @param {string} name */
+export const picturePath = (name) => join(given('NST_TEST_PICTURES'), `${name}.png`);
+
 /** Loss and gradient at the picture `start`, as another runtime computes them. */
 export async function expected() {
-  const total = /** @type {number} */ (JSON.parse(await readFile(join(EXPECTED, 'total.json'), 'utf8')));
-  const bytes = await readFile(join(EXPECTED, 'gradient.f32'));
+  const folder = given('NST_TEST_EXPECTED');
+  const total = /** @type {number} */ (JSON.parse(await readFile(join(folder, 'total.json'), 'utf8')));
+  const bytes = await readFile(join(folder, 'gradient.f32'));
   return { total, gradient: new Float32Array(new Uint8Array(bytes).buffer) };
 }
 
 export function modelFiles() {
-  return Promise.all(GRAPHS.map((graph) => fileOf(join(MODELS, `${graph}.onnx`))));
+  return Promise.all(GRAPHS.map((graph) => fileOf(modelPath(graph))));
 }
 
 /** @param {string} path */
@@ -34,8 +37,6 @@ export async function fileOf(path) {
 
 /** @param {string} name */
 export async function picture(name) {
-  const { data, info } = await sharp(join(PICTURES, `${name}.png`))
-    .raw()
-    .toBuffer({ resolveWithObject: true });
+  const { data, info } = await sharp(picturePath(name)).raw().toBuffer({ resolveWithObject: true });
   return fromPixels(data, info.width, info.height, 3);
 }
