@@ -33,8 +33,10 @@ test('WebGPU computes what WebAssembly does', async () => {
  * @param {string} url of the closure
  */
 async function compared(url) {
-  const [{ Graphs }, { readDescription }, { WEIGHTS }] = await Promise.all(
-    ['./graphs.mjs', './description.mjs', './stylize.mjs'].map((path) => import(new URL(path, location.href).href)),
+  const [{ Graphs }, { readDescription }, { WEIGHTS }, { runtimeOf }] = await Promise.all(
+    ['graphs.mjs', 'description.mjs', 'stylize.mjs', 'runtime.mjs'].map(
+      (path) => import(new URL(path, location.href).href),
+    ),
   );
   const bytes = new Uint8Array(await (await fetch(url)).arrayBuffer());
   const description = await readDescription(bytes, 'shallow.onnx');
@@ -45,10 +47,8 @@ async function compared(url) {
   const picture = { width, height, data: random(3 * width * height) };
   const content = random(128 * 19 * 17);
   const style = { relu1_1: random(64 * 64), relu2_1: random(128 * 128) };
-  const evaluated = async (/** @type {string} */ device) => {
-    const ort = await import(
-      new URL(`node_modules/onnxruntime-web/dist/ort.${device}.bundle.min.mjs`, location.href).href
-    );
+  const evaluated = async (/** @type {'wasm' | 'webgpu'} */ device) => {
+    const ort = await runtimeOf(device);
     const graphs = new Graphs(ort, new Map([['closure', { name: 'shallow.onnx', bytes, description }]]), {
       executionProviders: [device],
     });
