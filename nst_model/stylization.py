@@ -27,7 +27,7 @@ from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.network import Trunk, build_trunk
-from nst_model.objective import Objective, interpreted, script
+from nst_model.objective import Objective, interpreted
 from nst_model.options import (
     BUDGETS,
     STEERABLE,
@@ -44,6 +44,7 @@ from nst_model.regions import Layout, fitting, layer_weights
 from nst_model.scales import MIN_EDGE_PX, scaled_edge, scales
 from nst_model.state import State
 from nst_model.style_file import StyleFile
+from nst_model.torchscript import script
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
@@ -167,7 +168,7 @@ class FeatureModel:
     def objective(
         self, styles: Sequence[LayerTargets], options: StylizeOptions, region_shares: Sequence[float] = (1.0,)
     ) -> torch.jit.ScriptModule:
-        """Return the scripted objective for each region's style targets: what is minimized, and what can be saved."""
+        """Return the scripted objective for each region's style targets: what is minimized."""
         here = [
             {
                 layer: {name: tensor.to(self.device) for name, tensor in at_layer.items()}
