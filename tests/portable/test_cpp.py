@@ -91,11 +91,12 @@ def test_benchmark_prints_json(program: Path, models: Path, pictures: Path) -> N
         (["absent.ppm", "style.ppm"], "absent.ppm cannot be opened"),
         (["style.png", "style.ppm"], "style.png is not an 8-bit PPM"),
         (["cut.ppm", "style.ppm"], "cut.ppm ends too early"),
-        (["photo.ppm", "style.ppm", "--models", "nowhere"], "features.pt does not exist|closure.pt does not exist"),
+        (["photo.ppm", "style.ppm", "--models", "nowhere"], "closure.pt does not exist"),
         (["photo.ppm", "style.ppm", "--models", "broken"], "closure.pt is no TorchScript file"),
         (["photo.ppm", "style.ppm", "--models", "mixed"], "closure.pt is not the graph closure"),
         (["photo.ppm"], "a photograph and a style are needed"),
         (["photo.ppm", "style.ppm", "--size", "8"], "--size must be at least 16"),
+        (["photo.ppm", "style.ppm", "--size", "8px"], "--size must be a whole number, not 8px"),
         (["photo.ppm", "style.ppm", "--nonsense"], "--nonsense is unknown"),
     ],
 )
@@ -112,5 +113,5 @@ def test_bad_input_is_named(
     done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode in (1, 2)
     first = done.stderr.splitlines()[0]
-    assert any(part in first for part in message.split("|")), done.stderr
+    assert message in first
     assert not (tmp_path / "stylized.ppm").exists()

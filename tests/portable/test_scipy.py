@@ -105,3 +105,23 @@ def test_what_is_no_closure_is_named(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.png", "style.png"], "absent.png cannot be read as a picture"),
+        (["photo.png", "notes.txt"], "notes.txt cannot be read as a picture"),
+        (["photo.png", "style.png", "--size", "8"], "--size must be at least 16"),
+        (["photo.png", "style.png", "--iterations", "0"], "--iterations at least 1"),
+    ],
+)
+def test_bad_input_is_named(pictures: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    """A picture that is none, or a number out of range, is named in one line."""
+    for name in ("photo.png", "style.png"):
+        shutil.copy(pictures / name, tmp_path)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

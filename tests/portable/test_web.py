@@ -113,3 +113,37 @@ def test_the_command_paints(node: str, models: Path, pictures: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out.png") as painted:
         assert painted.size == (64, 43)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.png", "style.png"], "absent.png cannot be read as a picture"),
+        (["photo.png", "notes.txt"], "notes.txt cannot be read as a picture"),
+        (
+            ["photo.png", "style.png", "--models", "nowhere"],
+            "features.onnx is not there; nst-model export --graph features",
+        ),
+        (["photo.png", "style.png", "--models", "mixed"], "closure.onnx is not an ONNX file"),
+        (["photo.png", "style.png", "--size", "8"], "usage: node node.mjs PHOTO STYLE"),
+        (["photo.png"], "usage: node node.mjs PHOTO STYLE"),
+    ],
+)
+def test_bad_input_is_named(
+    node: str, models: Path, pictures: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    """What cannot be used is named in one line, and nothing is written."""
+    for name in ("photo.png", "style.png"):
+        shutil.copy(pictures / name, tmp_path)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "mixed").mkdir()
+    for name in ("features.onnx", "grams.onnx"):
+        (tmp_path / "mixed" / name).symlink_to(models / name)
+    shutil.copy(pictures / "photo.png", tmp_path / "mixed" / "closure.onnx")
+    given = words if "--models" in words else [*words, "--models", str(models)]
+    done = subprocess.run(
+        [node, WEB / "node.mjs", *given], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert not (tmp_path / "stylized.png").exists()

@@ -209,13 +209,17 @@ async function offerGpu() {
   if (!adapter.info.isFallbackAdapter) device.value = 'webgpu';
 }
 
-/** Lets WebAssembly use threads, by a service worker that sets the headers; takes effect when the page is loaded anew. */
+/** Lets WebAssembly use threads, by a service worker that sets the headers; that takes loading the page anew. */
 async function isolate() {
   if (crossOriginIsolated || !navigator.serviceWorker) return;
-  const registered = await navigator.serviceWorker.register(new URL('service-worker.js', import.meta.url));
-  if (registered.active) return; // it came too late for this page, or the browser does not isolate by it
-  await navigator.serviceWorker.ready;
-  location.reload();
+  try {
+    const { active } = await navigator.serviceWorker.register(new URL('service-worker.js', import.meta.url));
+    if (active) return; // it is there, and the browser went round it: reloading would not end
+    await navigator.serviceWorker.ready;
+    location.reload();
+  } catch (error) {
+    console.warn('There is no service worker, so there is one thread.', error);
+  }
 }
 
 async function sampleStyle() {
