@@ -1,7 +1,8 @@
 """Exports: a feature model as a file for another runtime.
 
-Each graph of `portable.py` in each format of `ExportFormat`, with a description inside (`artifact.py`). The same weights and
-spec give the same bytes with the same versions of torch and onnx, and nothing in a file tells where it was made.
+Each graph of `portable.py` in each format of `ExportFormat`, with a description inside (`artifact.py`). The same
+weights and spec give the same bytes with the same versions of torch and onnx, and nothing in a file tells where it was
+made.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nst_model.scales import MIN_EDGE_PX
 from nst_model.weights import FeatureWeights
 
 Value = dict[str, Any]
-"""An input or output of a graph: `name`, `dtype`, and `shape`, whose entries are numbers or `batch`, `height`, `width//8`."""
+"""An input or output of a graph: `name`, `dtype`, and `shape` of numbers and names such as `batch` and `width//8`."""
 
 EXAMPLE_SIZES = {"batch": 2, "height": 70, "width": 86}
 """Of the pictures that graphs are traced with. Nothing in a graph may depend on them."""
@@ -213,7 +214,9 @@ def _dynamic_shapes(spec: ExportSpec) -> tuple[Any, ...]:
     picture = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if spec.graph in (ExportGraph.FEATURES, ExportGraph.GRAMS):
         return (picture,)
-    return picture, dict.fromkeys(spec.content_layers, picture), dict.fromkeys(spec.style_layers, {}), {}, {}, {}
+    content = dict.fromkeys(spec.content_layers, picture)
+    style: dict[str, dict[int, Any]] = {layer: {} for layer in spec.style_layers}
+    return picture, content, style, {}, {}, {}
 
 
 def _edge(edge: int | str) -> int:

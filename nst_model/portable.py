@@ -1,8 +1,8 @@
 """What leaves for other runtimes: four graphs of plain tensor operations, with the backward pass written out.
 
-A runtime needs no autograd for them, no loop and no shape in advance: TorchScript compiles these modules, `torch.export`
-and ONNX trace them. They agree with `nst_model.objective.Objective` for the style loss `gram`, the content loss
-`squared_error` and the total variation in its norm L2, for each picture of a batch by itself.
+A runtime needs no autograd for them, no loop and no shape in advance: TorchScript compiles these modules, and
+`torch.export` and ONNX trace them. They agree with `nst_model.objective.Objective` for the style loss `gram`, the
+content loss `squared_error` and the total variation in its norm L2, for each picture of a batch by itself.
 
 Shapes: N batch, C channels, H and W of the picture, h and w of a layer. A picture is (N, 3, H, W), RGB, fp32, nominally
 in [0, 1], at least 16 px each way. Features are (N, C, h, w), of mean activation 1. The *slope* of something is the
@@ -45,11 +45,11 @@ def squares(x: Tensor) -> Tensor:
 
 def squares_slope(x: Tensor) -> Tensor:
     """Return the slope of `squares` to x (N, …)."""
-    return x * 2 / (x[0].numel())
+    return x * 2 / x[0].numel()
 
 
 def gram_slope(error: Tensor, features: Tensor) -> Tensor:
-    """Return the slope of `squares(error)` to features (N, C, h, w), `error` being `gram_matrices(features)` less a constant."""
+    """Return the slope of `squares(error)` to features (N, C, h, w), `error` being their Gram matrices less others."""
     columns = features.flatten(2)
     slope = squares_slope(error)
     slope = (slope + slope.transpose(1, 2)) / columns.shape[2]
@@ -121,10 +121,8 @@ def variation(image: Tensor) -> Tensor:
 def variation_slope(image: Tensor) -> Tensor:
     """Return the slope of `variation` to the pictures (N, 3, H, W)."""
     down, across, one, other = _differences(image)
-    down = down * 2 / (3 * down.shape[1] * down.shape[2] * down.shape[3])
-    across = across * 2 / (3 * across.shape[1] * across.shape[2] * across.shape[3])
-    one = one / (3 * one.shape[1] * one.shape[2] * one.shape[3])
-    other = other / (3 * other.shape[1] * other.shape[2] * other.shape[3])
+    down, across = squares_slope(down) / 3, squares_slope(across) / 3
+    one, other = squares_slope(one) / 6, squares_slope(other) / 6
     slope = F.pad(down, [1, 1, 1, 0]) - F.pad(down, [1, 1, 0, 1])
     slope = slope + F.pad(across, [1, 0, 1, 1]) - F.pad(across, [0, 1, 1, 1])
     slope = slope + F.pad(one, [1, 0, 1, 0]) - F.pad(one, [0, 1, 0, 1])

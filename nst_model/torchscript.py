@@ -1,12 +1,11 @@
 """TorchScript: modules compiled for runtimes without Python.
 
-PyTorch has deprecated TorchScript; it is what loads in C++ and on a phone without anything else, so it is still written here.
-ARCHITECTURE.md says more.
+PyTorch has deprecated TorchScript; it is what loads in C++ and on a phone without anything else, so it is still
+written here. ARCHITECTURE.md says more.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import warnings
@@ -62,10 +61,12 @@ def _name_by_structure(module: nn.Module) -> None:
         _name_by_structure(child)
     parts = tuple((name, type(child).__name__) for name, child in module.named_children())
     if parts:
-        module.__class__ = _named_by(parts, type(module))
+        kind = type(module)
+        name = f"{kind.__name__}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+        if (kind, name) not in _named:
+            _named[kind, name] = type(name, (kind,), {"__module__": kind.__module__})
+        module.__class__ = _named[kind, name]
 
 
-@functools.cache
-def _named_by(parts: tuple[tuple[str, str], ...], kind: type[nn.Module]) -> type[nn.Module]:
-    name = f"{kind.__name__}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
-    return type(name, (kind,), {"__module__": kind.__module__})
+_named: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+"""Types made by `_name_by_structure`: TorchScript knows a type by its identity."""

@@ -23,10 +23,11 @@ _KEPT = ("val", "tensor_meta")
 def program(
     module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: tuple[Any, ...]
 ) -> torch.export.ExportedProgram:
-    """Return a module traced with example arguments, whose sizes it depends on only where `dynamic_shapes` does not say so."""
-    # Oblivious: that an edge of the deepest layer is longer than 1 is not taken for granted. What cannot be proved of sizes in
-    # general, such as that the content is as large as the picture, is asked at run time.
-    with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    """Return a module traced with example arguments, of whose sizes it depends on none that `dynamic_shapes` names."""
+    # Oblivious: that an edge of the deepest layer is longer than 1 is not taken for granted. What cannot be proved of
+    # sizes in general, such as that the content is as large as the picture, is asked at run time.
+    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with torch.no_grad(), oblivious:
         traced = torch.export.export(
             module, arguments, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
