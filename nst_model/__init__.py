@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nst_model.descent import Iterate, StopReason
     from nst_model.devices import available_devices, resolve_device, resolve_precision
-    from nst_model.exports import export, write_artifact
+    from nst_model.exports import export, load_graph, write_artifact
     from nst_model.losses import gram
-    from nst_model.objective import Losses, Objective, load_artifact, save_artifact, script
+    from nst_model.objective import Losses, Objective
     from nst_model.preparation import prepare_style
     from nst_model.style_file import StyleFile
     from nst_model.stylization import FeatureModel, KeptStyle, Style, from_pixels, stylize, to_pixels
@@ -55,10 +55,8 @@ _LAZY = {
     "Losses": "objective",
     "Objective": "objective",
     "gram": "losses",
-    "load_artifact": "objective",
-    "save_artifact": "objective",
-    "script": "objective",
     "export": "exports",
+    "load_graph": "exports",
     "write_artifact": "exports",
     "prepare_style": "preparation",
     "StyleFile": "style_file",
@@ -118,15 +116,13 @@ __all__ = [
     "fetch",
     "from_pixels",
     "gram",
-    "load_artifact",
+    "load_graph",
     "load_weights",
     "model_card",
     "prepare_style",
     "read_description",
     "resolve_device",
     "resolve_precision",
-    "save_artifact",
-    "script",
     "stylize",
     "to_pixels",
     "write_artifact",

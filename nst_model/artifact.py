@@ -1,14 +1,22 @@
 """What leaves this project as a file, and what such a file says of itself. Standard library only.
 
-An artifact is a graph (TorchScript, ONNX or `torch.export`) or a style (safetensors). In each there is one JSON object, its
-*description*, under the name `nst.json`:
+An artifact is a graph (TorchScript, ONNX or `torch.export`) or a style (safetensors). In each there is one JSON object,
+its *description*, called `nst.json`:
 
     TorchScript, pt2    the member `{archive}/extra/nst.json` of the zip archive
-    ONNX                the last entry of `metadata_props`, which is the last thing in the file
+    ONNX                an entry of `metadata_props`, which is the last thing in the file
     safetensors         the one entry of `__metadata__`
 
-`content_sha256` in it is that of everything else, itself taken as 64 zeros: see `_digest`. So whatever was lost or altered
-on the way is found without any library that would have to interpret it first.
+`content_sha256` in it is the digest of everything else, so whatever was lost or altered on the way is found without a
+library that would have to interpret the file first. It is the SHA-256 of these pieces, each behind its length (8 bytes,
+little-endian):
+
+    TorchScript, pt2    name and bytes of each other member, by name; names without the archive's
+    ONNX                the file up to that entry
+    safetensors         `{name} F32 [{shape}]` and bytes of each tensor, by name
+    and in all of them  the description, with 64 zeros for `content_sha256`
+
+A digest is no signature: it tells damage, not who made a file.
 """
 
 from __future__ import annotations
@@ -22,79 +30,101 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nst_model.errors import InvalidArtifact
 
 FORMAT_VERSION = 1
-"""Raised when a file of the next version could not be read as one of this."""
+"""Raised when a program that reads one version would misread the next."""
 
 DESCRIPTION = "nst.json"
 EXTRA = f"extra/{DESCRIPTION}"
-UNSEALED = "0" * 64
-"""What stands for the digest while it is computed."""
 
-MAX_DESCRIPTION_BYTES = 1 << 20
-METADATA_PROPS = 14
-"""Number of that field in ONNX's ModelProto."""
+_METADATA_PROPS = 14
+"""Number of that field in ONNX's ModelProto; its entries have a key, field 1, and a value, field 2."""
 
+_UNSEALED = "0" * 64
 _SEAL = re.compile(rb'"content_sha256":"([0-9a-f]{64})"')
-_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_USE_PICKLE = re.compile(rb'"use_pickle":\s*true')
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+_FOREIGN = "the file is no artifact of this project"
+
+
+class Fp32(NamedTuple):
+    """A tensor in a safetensors file: fp32, little-endian, in C order."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class _Parts(NamedTuple):
+    """A file taken apart: the pieces of its content, and its description as it stands there."""
+
+    content: Iterable[bytes]
+    description: bytes
 
 
 def read_description(source: Path | bytes) -> dict[str, Any]:
-    """Return what an artifact says of itself, after its hash was checked.
+    """Return what an artifact, or the file at a path, says of itself, once its digest is found right.
 
-    Raises InvalidArtifact for a file that is none, or truncated, altered, or of another version; OSError. Nothing in the
-    file is executed or unpickled.
+    Nothing in the file is executed or unpickled. Raises InvalidArtifact for what is no artifact, or truncated, altered,
+    of another version, or a pickle; OSError.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
-    return _description(*_parts(data))
+    parts = _parts(data)
+    if (seal := _SEAL.search(parts.description)) is None:
+        raise InvalidArtifact(f"{_FOREIGN}: its description has no content_sha256")
+    try:
+        description = json.loads(parts.description)
+        found = description["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidArtifact(f"the file's description cannot be read: {error!r}") from None
+    if found != FORMAT_VERSION:
+        raise InvalidArtifact(f"the file has format version {found!r}; this program reads version {FORMAT_VERSION}")
+    if _digest(parts.content, _with_seal(parts.description, _UNSEALED)) != seal[1].decode():
+        raise InvalidArtifact("the file was altered or damaged: its content_sha256 is not that of its content")
+    return dict(description)
 
 
-def sealed_archive(members: Mapping[str, bytes], description: Mapping[str, Any], root: str = "archive") -> bytes:
-    """Return a zip archive of members and description, such as torch writes it: stored, each member at a multiple of 64."""
+def producer() -> dict[str, str]:
+    """Return what an artifact says of the program that makes it."""
+    return {"producer": "nst-service", "producer_version": version("nst-service")}
+
+
+def sealed_archive(members: Mapping[str, bytes], description: Mapping[str, Any]) -> bytes:
+    """Return a zip archive of members and their description, as torch writes it: stored, each at a multiple of 64."""
     sealed = _sealed(_members(members), description)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in [*members.items(), (EXTRA, sealed)]:
-            entry = zipfile.ZipInfo(f"{root}/{name}", (1980, 1, 1, 0, 0, 0))
-            padding = -(buffer.tell() + 30 + len(entry.filename) + 4) % 64
-            entry.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
+            entry = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
+            header = buffer.tell() + 30 + len(entry.filename) + 4
+            entry.extra = struct.pack("<2sH", b"FB", -header % 64) + bytes(-header % 64)
             archive.writestr(entry, content)
     return buffer.getvalue()
 
 
 def sealed_onnx(model: bytes, description: Mapping[str, Any]) -> bytes:
-    """Return an ONNX model with its description behind it, where protobuf takes it for one more metadata entry."""
-    sealed = _sealed([model], description)
-    entry = _field(1, DESCRIPTION.encode()) + _field(2, sealed)
-    return model + _field(METADATA_PROPS, entry)
+    """Return an ONNX model with its description behind it, where protobuf takes it for one more entry of metadata."""
+    entry = _field(1, DESCRIPTION.encode()) + _field(2, _sealed([model], description))
+    return model + _field(_METADATA_PROPS, entry)
 
 
-def sealed_safetensors(tensors: Mapping[str, tuple[tuple[int, ...], bytes]], description: Mapping[str, Any]) -> bytes:
-    """Return a safetensors file of fp32 tensors, each a shape and its bytes, little-endian, and their description."""
+def sealed_safetensors(tensors: Mapping[str, Fp32], description: Mapping[str, Any]) -> bytes:
+    """Return a safetensors file of tensors and their description."""
     header: dict[str, Any] = {"__metadata__": {DESCRIPTION: _sealed(_tensors(tensors), description).decode()}}
     end = 0
     for name in sorted(tensors):
-        shape, data = tensors[name]
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + len(data)]}
-        end += len(data)
+        begin, end = end, end + len(tensors[name].data)
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(tensors[name][1] for name in sorted(tensors))
-
-
-def producer() -> dict[str, str]:
-    """Return which program and version of it makes the artifact."""
-    return {"producer": "nst-service", "producer_version": version("nst-service")}
+    return struct.pack("<Q", len(text)) + text + b"".join(tensors[name].data for name in sorted(tensors))
 
 
 def _sealed(content: Iterable[bytes], description: Mapping[str, Any]) -> bytes:
-    """Return the description as JSON, with the digest of the rest and of itself."""
-    unsealed = json.dumps(
-        {**description, "content_sha256": UNSEALED}, separators=(",", ":"), ensure_ascii=False
-    ).encode()
+    whole = {**description, "content_sha256": _UNSEALED}
+    unsealed = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     return _with_seal(unsealed, _digest(content, unsealed))
 
 
@@ -103,10 +133,6 @@ def _with_seal(description: bytes, digest: str) -> bytes:
 
 
 def _digest(content: Iterable[bytes], unsealed: bytes) -> str:
-    """Return the SHA-256 of pieces of content and of the description, its `content_sha256` 64 zeros.
-
-    Before each piece stands its length, 8 bytes, little-endian.
-    """
     digest = hashlib.sha256()
     for piece in (*content, unsealed):
         digest.update(struct.pack("<Q", len(piece)))
@@ -120,107 +146,120 @@ def _members(members: Mapping[str, bytes]) -> Iterator[bytes]:
         yield members[name]
 
 
-def _tensors(tensors: Mapping[str, tuple[tuple[int, ...], bytes]]) -> Iterator[bytes]:
+def _tensors(tensors: Mapping[str, Fp32]) -> Iterator[bytes]:
     for name in sorted(tensors):
-        shape, data = tensors[name]
-        yield f"{name} F32 {json.dumps(shape)}".encode()
-        yield data
+        yield f"{name} F32 {json.dumps(tensors[name].shape)}".encode()
+        yield tensors[name].data
 
 
-def _description(content: Iterable[bytes], sealed: bytes) -> dict[str, Any]:
-    if (seal := _SEAL.search(sealed)) is None:
-        raise InvalidArtifact("the file's description has no content_sha256")
-    try:
-        description = json.loads(sealed)
-        version = description["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidArtifact(f"the file's description cannot be read: {error}") from None
-    if version != FORMAT_VERSION:
-        raise InvalidArtifact(f"the file has format version {version!r}; this version reads {FORMAT_VERSION}")
-    if _digest(content, _with_seal(sealed, UNSEALED)) != seal[1].decode():
-        raise InvalidArtifact("the file was altered or damaged: its content_sha256 is not that of its content")
-    return dict(description)
-
-
-def _parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
-    """Return the content's pieces and the description, sealed."""
+def _parts(data: bytes) -> _Parts:
     if data.startswith(b"PK\x03\x04"):
         return _archive_parts(data)
     if data.startswith(_PICKLES):
-        raise InvalidArtifact("the file is a pickle, which could run anything and is never loaded")
+        raise InvalidArtifact("the file is a pickle, which could run any program and is never loaded")
     if data[8:9] == b"{":
         return _safetensors_parts(data)
     return _onnx_parts(data)
 
 
-def _archive_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
+def _archive_parts(data: bytes) -> _Parts:
+    members: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if compressed or sum(entry.file_size for entry in entries) > len(data):  # else it could fill the memory
-                raise InvalidArtifact("the file is no artifact of this project: it is compressed")
-            members = {entry.filename.partition("/")[2]: archive.read(entry) for entry in entries}
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED or not entry.filename.startswith("archive/"):
+                    raise InvalidArtifact(f"{_FOREIGN}: {entry.filename} in it is compressed, or not in archive/")
+                name = entry.filename.removeprefix("archive/")
+                if name in members:
+                    raise InvalidArtifact(f"the file was altered: {name} is in it twice")
+                members[name] = archive.read(entry)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, InvalidArtifact):
+            raise
         raise InvalidArtifact(f"the file is truncated or damaged: {error}") from None
-    sealed = members.pop(EXTRA, None)
-    if sealed is None:
-        raise InvalidArtifact("the file is no artifact of this project: it lacks a description")
-    return _members(members), sealed
+    if (description := members.pop(EXTRA, None)) is None:
+        raise InvalidArtifact(f"{_FOREIGN}: it has no description")
+    _refuse_pickles(members)
+    return _Parts(_members(members), description)
 
 
-def _safetensors_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
+def _refuse_pickles(members: Mapping[str, bytes]) -> None:
+    """Raise InvalidArtifact if torch would unpickle any of a pt2 archive. TorchScript's own pickles run nothing."""
+    examples = [name for name, content in members.items() if name.startswith("data/sample_inputs/") and content]
+    configs = [name for name, content in members.items() if name.endswith(".json") and _USE_PICKLE.search(content)]
+    if examples or configs:
+        raise InvalidArtifact(f"{(examples + configs)[0]} in the file has a pickle, which is never loaded")
+
+
+def _safetensors_parts(data: bytes) -> _Parts:
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
         raise InvalidArtifact("the file is truncated")
+    tensors, end = {}, 0
     try:
         header = json.loads(data[8:start])
-        sealed = header.pop("__metadata__")[DESCRIPTION].encode()
-        tensors, end = {}, 0
-        for name, entry in sorted(header.items()):
-            begin, end_here = entry["data_offsets"]
-            if entry["dtype"] != "F32" or begin != end or end_here < begin:
-                raise InvalidArtifact("the file is no artifact of this project: its tensors are laid out otherwise")
-            tensors[name] = (tuple(entry["shape"]), data[start + begin : start + end_here])
-            end = end_here
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidArtifact(f"the file is damaged, or no artifact of this project: {error}") from None
+        description = header.pop("__metadata__")[DESCRIPTION].encode()
+        for name, entry in header.items():
+            begin, end = end, entry["data_offsets"][1]
+            if entry["dtype"] != "F32" or entry["data_offsets"][0] != begin or end < begin:
+                raise InvalidArtifact(f"{_FOREIGN}: its tensors are of another type or order")
+            tensors[name] = Fp32(tuple(entry["shape"]), data[start + begin : start + end])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, InvalidArtifact):
+            raise
+        raise InvalidArtifact(f"the file is damaged, or no artifact of this project: {error!r}") from None
     if start + end != len(data):
-        raise InvalidArtifact("the file is truncated, or has something behind its tensors")
-    return _tensors(tensors), sealed
+        raise InvalidArtifact("the file is truncated, or there is more behind its tensors")
+    return _Parts(_tensors(tensors), description)
 
 
-def _onnx_parts(data: bytes) -> tuple[Iterable[bytes], bytes]:
-    position, last = 0, (0, 0, 0)
-    while position < len(data):
+def _onnx_parts(data: bytes) -> _Parts:
+    fields = list(_fields(data, 0, len(data)))
+    if fields and fields[-1].number == _METADATA_PROPS:
+        last = fields[-1]
+        entry = {field.number: data[field.start : field.end] for field in _fields(data, last.start, last.end)}
+        if entry.get(1) == DESCRIPTION.encode():
+            return _Parts([data[: last.begin]], entry.get(2, b""))
+    raise InvalidArtifact(f"{_FOREIGN}: it has no description at its end")
+
+
+class _Field(NamedTuple):
+    """A field of a protobuf message: where it begins, and where its content starts and ends."""
+
+    number: int
+    begin: int
+    start: int
+    end: int
+
+
+def _fields(data: bytes, position: int, end: int) -> Iterator[_Field]:
+    while position < end:
         begin = position
-        tag, position = _varint(data, position)
+        tag, position = _varint(data, position, end)
         match tag & 7:
             case 0:
-                _, position = _varint(data, position)
+                _, position = _varint(data, position, end)
             case 2:
-                length, position = _varint(data, position)
-                last = (tag >> 3, begin, position)
-                position += length
+                length, start = _varint(data, position, end)
+                position = start + length
+                if position > end:
+                    raise InvalidArtifact("the file is truncated, or no artifact of this project")
+                yield _Field(tag >> 3, begin, start, position)
             case _:
-                raise InvalidArtifact("the file is no artifact of this project")
-    if position != len(data):
-        raise InvalidArtifact("the file is truncated")
-    number, begin, start = last
-    key, value = _entry(data[start:]) if number == METADATA_PROPS else (b"", b"")
-    if key != DESCRIPTION.encode():
-        raise InvalidArtifact("the file is no artifact of this project: it lacks a description")
-    return [data[:begin]], value
+                raise InvalidArtifact(_FOREIGN)
 
 
-def _entry(data: bytes) -> tuple[bytes, bytes]:
-    parts, position = [], 0
-    while position < len(data):
-        _, position = _varint(data, position)
-        length, position = _varint(data, position)
-        parts.append(data[position : position + length])
-        position += length
-    return (parts[0], parts[1]) if len(parts) == 2 else (b"", b"")
+def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
+    number = 0
+    for shift in range(0, 64, 7):
+        if position >= end:
+            break
+        byte = data[position]
+        position += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, position
+    raise InvalidArtifact("the file is truncated, or no artifact of this project")
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -234,16 +273,3 @@ def _to_varint(number: int) -> bytes:
         number >>= 7
     out.append(number)
     return bytes(out)
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    number, shift = 0, 0
-    while True:
-        if position >= len(data) or shift > 63:
-            raise InvalidArtifact("the file is truncated, or no artifact of this project")
-        byte = data[position]
-        position += 1
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number, position
-        shift += 7

@@ -1,26 +1,27 @@
 """Exports: a feature model as a file for another runtime.
 
-Each graph of `portable.py` in each format of `ExportFormat`, with a description inside (`artifact.py`). The same weights, spec and
-versions of torch and onnx give the same bytes; nothing in a file tells where it was made.
+Each graph of `portable.py` in each format of `ExportFormat`, with a description inside (`artifact.py`). The same
+weights and spec give the same bytes with the same versions of torch and onnx, and nothing in a file tells where it was
+made.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import tempfile
-import warnings
-import zipfile
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
-from nst_model import artifact
+from nst_model import artifact, torchscript, traced
 from nst_model.cache import FORMAT
-from nst_model.export_spec import ExportFormat, ExportGraph, ExportSpec
+from nst_model.errors import InvalidArtifact
+from nst_model.export_spec import ExportFormat, ExportGraph, ExportPrecision, ExportSpec
 from nst_model.models import model_card
 from nst_model.network import build_trunk
 from nst_model.options import MARGIN_PX, Padding
@@ -28,40 +29,61 @@ from nst_model.portable import Closure, Features, Grams, Ladder, Objective
 from nst_model.scales import MIN_EDGE_PX
 from nst_model.weights import FeatureWeights
 
-DTYPE = "float32"
-OPSET = 20
+Value = dict[str, Any]
+"""An input or output of a graph: `name`, `dtype`, and `shape` of numbers and names such as `batch` and `width//8`."""
+
+EXAMPLE_SIZES = {"batch": 2, "height": 70, "width": 86}
+"""Of the pictures that graphs are traced with. Nothing in a graph may depend on them."""
 
 
 def export(weights: FeatureWeights, spec: ExportSpec) -> bytes:
-    """Return the file that `spec` asks for, made of `weights`, which must be those of the model that it names.
+    """Return the file that `spec` asks for, made of `weights`, which are those of the model that it names.
 
-    Takes some seconds to half a minute, and memory for a few copies of the weights.
+    Takes a second for TorchScript, some ten for PT2 and up to half a minute for ONNX, and the memory of a few copies of
+    the weights.
     """
     assert weights.name == spec.model, (weights.name, spec.model)
     description = describe(weights, spec)
     module = graph_module(weights, spec)
-    match spec.format:
+    if spec.format is ExportFormat.TORCHSCRIPT:
+        return artifact.sealed_archive(torchscript.members(module), description)
+    program = traced.program(module, example(weights, spec), _dynamic_shapes(spec))
+    if spec.format is ExportFormat.PT2:
+        return artifact.sealed_archive(traced.pt2_members(program), description)
+    model = traced.onnx_model(program, description["inputs"], description["outputs"])
+    if spec.precision is ExportPrecision.FP16:
+        traced.halve_weights(model)
+    description["nodes"] = len(model.graph.node)
+    return artifact.sealed_onnx(model.SerializeToString(deterministic=True), description)
+
+
+def load_graph(source: Path | bytes, device: torch.device | str = "cpu") -> Callable[..., Any]:
+    """Return the module of an exported graph in TorchScript or PT2, after the file was verified.
+
+    Raises InvalidArtifact, also for what torch does not load; OSError.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    description = artifact.read_description(data)
+    match description.get("format"):
         case ExportFormat.TORCHSCRIPT:
-            return _torchscript(module, description)
-        case ExportFormat.ONNX:
-            return _onnx(module, weights, spec, description)
+            return torchscript.load(data, device)
         case ExportFormat.PT2:
-            raise NotImplementedError
-    raise AssertionError(spec.format)
+            return torch.export.load(io.BytesIO(data)).module().to(device)
+        case other:
+            raise InvalidArtifact(f"the file has format {other}, which torch does not load")
 
 
 def write_artifact(data: bytes, path: Path) -> None:
     """Write a file whole or not at all: under a temporary name beside it, settled on the disk, then renamed."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with partial.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(partial).replace(path)
+        partial.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(partial).unlink()
+        partial.unlink(missing_ok=True)
 
 
 def graph_module(weights: FeatureWeights, spec: ExportSpec) -> nn.Module:
@@ -86,8 +108,7 @@ def describe(weights: FeatureWeights, spec: ExportSpec) -> dict[str, Any]:
     card = model_card(spec.model)
     roles = {"layers": spec.layers, "content_layers": spec.content_layers, "style_layers": spec.style_layers}
     named = {layer for layers in roles.values() for layer in layers}
-    convolutions = [c for c in card.architecture.convolutions if c.layer in named]
-    margin_px = MARGIN_PX if spec.padding is Padding.MIRROR else 0
+    convolutions = [convolution for convolution in card.architecture.convolutions if convolution.layer in named]
     return {
         "format_version": artifact.FORMAT_VERSION,
         "kind": "graph",
@@ -96,18 +117,19 @@ def describe(weights: FeatureWeights, spec: ExportSpec) -> dict[str, Any]:
         "precision": spec.precision.value,
         **artifact.producer(),
         "torch_version": torch.__version__.partition("+")[0],
-        "opset": OPSET if spec.format is ExportFormat.ONNX else None,
+        "opset": traced.OPSET if spec.format is ExportFormat.ONNX else None,
+        "nodes": None,
         "model": card.name,
         "model_display_name": card.display_name,
         "license": card.license,
         "weights_sha256": weights.sha256,
         "architecture": card.architecture.name,
         **{role: list(layers) for role, layers in roles.items()},
-        "channels": {c.layer: len(weights.convolutions[c.layer][1]) for c in convolutions},
-        "stride_px": {c.layer: c.stride_px for c in convolutions},
+        "channels": {convolution.layer: _channels(weights, convolution.layer) for convolution in convolutions},
+        "stride_px": {convolution.layer: convolution.stride_px for convolution in convolutions},
         "pooling": spec.pooling.value,
         "padding": spec.padding.value,
-        "margin_px": margin_px,
+        "margin_px": MARGIN_PX if spec.padding is Padding.MIRROR else 0,
         "input": {
             "layout": "NCHW",
             "colors": "RGB",
@@ -125,8 +147,8 @@ def describe(weights: FeatureWeights, spec: ExportSpec) -> dict[str, Any]:
     }
 
 
-def inputs_of(weights: FeatureWeights, spec: ExportSpec) -> list[dict[str, Any]]:
-    """Return name, type and shape of each input of a graph, in their order."""
+def inputs_of(weights: FeatureWeights, spec: ExportSpec) -> list[Value]:
+    """Return the inputs of a graph, in their order."""
     image = _value("image", "batch", 3, "height", "width")
     if spec.graph in (ExportGraph.FEATURES, ExportGraph.GRAMS):
         return [image]
@@ -140,20 +162,19 @@ def inputs_of(weights: FeatureWeights, spec: ExportSpec) -> list[dict[str, Any]]
     ]
 
 
-def outputs_of(weights: FeatureWeights, spec: ExportSpec) -> list[dict[str, Any]]:
-    """Return name, type and shape of each output of a graph, in their order."""
-    match spec.graph:
-        case ExportGraph.FEATURES:
-            return [_value(layer, *_feature_shape(weights, layer)) for layer in spec.layers]
-        case ExportGraph.GRAMS:
-            return [
-                value
-                for layer in spec.style_layers
-                for value in (
-                    _value(f"{layer}.mean", "batch", _channels(weights, layer)),
-                    _value(f"{layer}.gram", "batch", *[_channels(weights, layer)] * 2),
-                )
-            ]
+def outputs_of(weights: FeatureWeights, spec: ExportSpec) -> list[Value]:
+    """Return the outputs of a graph, in their order."""
+    if spec.graph is ExportGraph.FEATURES:
+        return [_value(layer, *_feature_shape(weights, layer)) for layer in spec.layers]
+    if spec.graph is ExportGraph.GRAMS:
+        return [
+            value
+            for layer in spec.style_layers
+            for value in (
+                _value(f"{layer}.mean", "batch", _channels(weights, layer)),
+                _value(f"{layer}.gram", "batch", *[_channels(weights, layer)] * 2),
+            )
+        ]
     losses = [
         _value("total", "batch"),
         _value("content", "batch", len(spec.content_layers)),
@@ -166,29 +187,48 @@ def outputs_of(weights: FeatureWeights, spec: ExportSpec) -> list[dict[str, Any]
 
 
 def example(weights: FeatureWeights, spec: ExportSpec) -> tuple[Any, ...]:
-    """Return arguments to trace the module with; of no shape that it may depend on."""
+    """Return arguments to trace the module with."""
     random = torch.Generator().manual_seed(0)
+    tensors = {
+        value["name"]: torch.rand([_edge(edge) for edge in value["shape"]], generator=random)
+        for value in inputs_of(weights, spec)
+    }
+    return arguments(spec, tensors)
 
-    def tensor(name: str) -> Tensor:
-        sizes = {"batch": 2, "height": 70, "width": 86}
-        shape = next(value["shape"] for value in inputs_of(weights, spec) if value["name"] == name)
-        edges = [eval(edge, {}, sizes) if isinstance(edge, str) else edge for edge in shape]  # noqa: S307
-        return torch.rand(edges, generator=random)
 
+def arguments(spec: ExportSpec, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    """Return the arguments of a graph's module, of its inputs by name."""
     if spec.graph in (ExportGraph.FEATURES, ExportGraph.GRAMS):
-        return (tensor("image"),)
+        return (tensors["image"],)
     return (
-        tensor("image"),
-        {layer: tensor(f"content.{layer}") for layer in spec.content_layers},
-        {layer: tensor(f"style.{layer}") for layer in spec.style_layers},
-        tensor("content_weights"),
-        tensor("style_weights"),
-        tensor("tv_weight"),
+        tensors["image"],
+        {layer: tensors[f"content.{layer}"] for layer in spec.content_layers},
+        {layer: tensors[f"style.{layer}"] for layer in spec.style_layers},
+        tensors["content_weights"],
+        tensors["style_weights"],
+        tensors["tv_weight"],
     )
 
 
-def _value(name: str, *shape: int | str) -> dict[str, Any]:
-    return {"name": name, "dtype": DTYPE, "shape": list(shape)}
+def _dynamic_shapes(spec: ExportSpec) -> tuple[Any, ...]:
+    picture = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    if spec.graph in (ExportGraph.FEATURES, ExportGraph.GRAMS):
+        return (picture,)
+    content = dict.fromkeys(spec.content_layers, picture)
+    style: dict[str, dict[int, Any]] = {layer: {} for layer in spec.style_layers}
+    return picture, content, style, {}, {}, {}
+
+
+def _edge(edge: int | str) -> int:
+    """Return how long an edge of a shape is in the example."""
+    if isinstance(edge, int):
+        return edge
+    name, _, stride = edge.partition("//")
+    return EXAMPLE_SIZES[name] // int(stride or 1)
+
+
+def _value(name: str, *shape: int | str) -> Value:
+    return {"name": name, "dtype": "float32", "shape": list(shape)}
 
 
 def _channels(weights: FeatureWeights, layer: str) -> int:
@@ -199,49 +239,3 @@ def _feature_shape(weights: FeatureWeights, layer: str) -> tuple[int | str, ...]
     stride = next(c.stride_px for c in weights.architecture.convolutions if c.layer == layer)
     edges = [edge if stride == 1 else f"{edge}//{stride}" for edge in ("height", "width")]
     return "batch", _channels(weights, layer), *edges
-
-
-def _torchscript(module: nn.Module, description: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
-        torch.jit.save(torch.jit.script(module), buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-    kept = {name: data for name, data in members.items() if not name.endswith((".debug_pkl", "serialization_id"))}
-    return artifact.sealed_archive(kept, description)
-
-
-def _onnx(module: nn.Module, weights: FeatureWeights, spec: ExportSpec, description: dict[str, Any]) -> bytes:
-    arguments = example(weights, spec)
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes: Any = ({0: dynamic, 2: dynamic, 3: dynamic},)
-    if len(arguments) > 1:
-        shapes += (
-            {layer: {0: dynamic, 2: dynamic, 3: dynamic} for layer in spec.content_layers},
-            {layer: {} for layer in spec.style_layers},
-            {},
-            {},
-            {},
-        )
-    with torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            arguments,
-            dynamo=True,
-            external_data=False,
-            dynamic_shapes=shapes,
-            input_names=[value["name"] for value in inputs_of(weights, spec)],
-            output_names=[value["name"] for value in outputs_of(weights, spec)],
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    for node in model.graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    del model.graph.value_info[:]
-    return artifact.sealed_onnx(
-        model.SerializeToString(deterministic=True), {**description, "nodes": len(model.graph.node)}
-    )

@@ -1,17 +1,15 @@
-"""What leaves for other runtimes: four modules of plain tensor operations, with the backward pass written out.
+"""What leaves for other runtimes: four graphs of plain tensor operations, with the backward pass written out.
 
-No runtime needs autograd for them, nor a loop, nor a shape known in advance: TorchScript compiles these modules,
-`torch.export` and ONNX trace them. They agree with `nst_model.objective.Objective` for the style loss `gram`, the content
-loss `squared_error` and the total variation in its norm L2, for each picture of a batch by itself.
+A runtime needs no autograd for them, no loop and no shape in advance: TorchScript compiles these modules, and
+`torch.export` and ONNX trace them. They agree with `nst_model.objective.Objective` for the style loss `gram`, the
+content loss `squared_error` and the total variation in its norm L2, for each picture of a batch by itself.
 
-Shapes: N batch, C channels, H and W of the picture, h and w of a layer, P = h·w. A picture is (N, 3, H, W), RGB, fp32, nominally in
-[0, 1], at least 16 px each way. Features are (N, C, h, w), of mean activation 1. A *slope* is the gradient of each picture's
-total, of the shape of what it is the gradient to.
+Shapes: N batch, C channels, H and W of the picture, h and w of a layer. A picture is (N, 3, H, W), RGB, fp32, nominally
+in [0, 1], at least 16 px each way. Features are (N, C, h, w), of mean activation 1. The *slope* of something is the
+gradient of each picture's total loss to it, and has its shape.
 """
 
 # Annotations stay objects in this module (no `from __future__ import annotations`): TorchScript reads them.
-# What differs between stages is an attribute and no constant, so that all of them are of one type in TorchScript: names of
-# types would depend on what else was compiled in the process.
 
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -36,7 +34,7 @@ def gram_matrices(features: Tensor) -> Tensor:
     """Return the Gram matrices of features (N, C, h, w): (N, C, C), divided by the number of positions."""
     columns = features.flatten(2)
     # The number of positions stays an integer: a float would be baked into an exported graph.
-    return columns @ columns.transpose(1, 2) / columns.shape[2]
+    return torch.bmm(columns, columns.transpose(1, 2)) / columns.shape[2]
 
 
 def squares(x: Tensor) -> Tensor:
@@ -47,15 +45,15 @@ def squares(x: Tensor) -> Tensor:
 
 def squares_slope(x: Tensor) -> Tensor:
     """Return the slope of `squares` to x (N, …)."""
-    return x * 2 / (x[0].numel())
+    return x * 2 / x[0].numel()
 
 
 def gram_slope(error: Tensor, features: Tensor) -> Tensor:
-    """Return the slope of `squares(error)` to features (N, C, h, w), `error` being `gram_matrices(features)` less a constant."""
+    """Return the slope of `squares(error)` to features (N, C, h, w), `error` being their Gram matrices less others."""
     columns = features.flatten(2)
     slope = squares_slope(error)
     slope = (slope + slope.transpose(1, 2)) / columns.shape[2]
-    return (slope @ columns).reshape(features.shape)
+    return torch.bmm(slope, columns).reshape(features.shape)
 
 
 def summed(
@@ -83,38 +81,35 @@ def pool(x: Tensor, pooling: str) -> Tensor:
     return F.max_pool2d(x, 2)
 
 
-def spread(a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor) -> Tensor:
-    """Return the quadruples that pooling made one of in their places: a b over c d, zeros in an odd last row or column.
-
-    a to d are (N, C, h // 2, w // 2) each; what is returned has the shape of x, (N, C, h, w).
-    """
-    # One row and one column more than there can be, and then cut to size: how many are missing is 0 or 1, and to ask
-    # which would bind an exported graph to the answer.
-    a, b, c, d = F.pad(a, [0, 1, 0, 1]), F.pad(b, [0, 1, 0, 1]), F.pad(c, [0, 1, 0, 1]), F.pad(d, [0, 1, 0, 1])
-    rows = torch.stack((torch.stack((a, b), dim=-1).flatten(3), torch.stack((c, d), dim=-1).flatten(3)), dim=3)
-    return rows.flatten(2, 3)[:, :, : x.shape[2], : x.shape[3]]
-
-
 def pool_slope(slope: Tensor, x: Tensor, pooled: Tensor, pooling: str) -> Tensor:
     """Return the slope of x (N, C, h, w), given that of `pooled`, which is `pool(x, pooling)`."""
     if pooling == "average":
         slope = slope / 4
-        return spread(slope, slope, slope, slope, x)
+        return spread(slope, slope, slope, slope, x.shape[2], x.shape[3])
     if pooling == "l2":
         slope = slope / (4 * pooled)
-        return spread(slope, slope, slope, slope, x) * x
+        return spread(slope, slope, slope, slope, x.shape[2], x.shape[3]) * x
     # To the first of the greatest, as torch does: where a picture is flat all four are the greatest.
-    rows, columns = slope.shape[2], slope.shape[3]
+    above = x[:, :, 0::2].narrow(2, 0, pooled.shape[2])
+    below = x[:, :, 1::2]
     zero = torch.zeros_like(slope)
-    first = x[:, :, 0::2, 0::2][:, :, :rows, :columns] == pooled
-    second = x[:, :, 0::2, 1::2][:, :, :rows, :columns] == pooled
-    third = x[:, :, 1::2, 0::2][:, :, :rows, :columns] == pooled
-    a = torch.where(first, slope, zero)
+    a = torch.where(above[:, :, :, 0::2].narrow(3, 0, pooled.shape[3]) == pooled, slope, zero)
     rest = slope - a
-    b = torch.where(second, rest, zero)
+    b = torch.where(above[:, :, :, 1::2] == pooled, rest, zero)
     rest = rest - b
-    c = torch.where(third, rest, zero)
-    return spread(a, b, c, rest - c, x)
+    c = torch.where(below[:, :, :, 0::2].narrow(3, 0, pooled.shape[3]) == pooled, rest, zero)
+    return spread(a, b, c, rest - c, x.shape[2], x.shape[3])
+
+
+def spread(a: Tensor, b: Tensor, c: Tensor, d: Tensor, height: int, width: int) -> Tensor:
+    """Return (N, C, height, width) of its quarters: of each four positions a and b above, c and d below.
+
+    The quarters are (N, C, height // 2, width // 2); an odd last row or column is 0.
+    """
+    x = F.pixel_shuffle(torch.stack((a, b, c, d), dim=2).flatten(1, 2), 2)
+    # One row and one column more, and then cut: to ask whether they are missing would bind an exported graph to the
+    # answer. By narrow: of a slice torch.export does not know that it is as long as was asked for.
+    return F.pad(x, [0, 1, 0, 1]).narrow(2, 0, height).narrow(3, 0, width)
 
 
 def variation(image: Tensor) -> Tensor:
@@ -126,10 +121,8 @@ def variation(image: Tensor) -> Tensor:
 def variation_slope(image: Tensor) -> Tensor:
     """Return the slope of `variation` to the pictures (N, 3, H, W)."""
     down, across, one, other = _differences(image)
-    down = down * 2 / (3 * down.shape[1] * down.shape[2] * down.shape[3])
-    across = across * 2 / (3 * across.shape[1] * across.shape[2] * across.shape[3])
-    one = one / (3 * one.shape[1] * one.shape[2] * one.shape[3])
-    other = other / (3 * other.shape[1] * other.shape[2] * other.shape[3])
+    down, across = squares_slope(down) / 3, squares_slope(across) / 3
+    one, other = squares_slope(one) / 6, squares_slope(other) / 6
     slope = F.pad(down, [1, 1, 1, 0]) - F.pad(down, [1, 1, 0, 1])
     slope = slope + F.pad(across, [1, 0, 1, 1]) - F.pad(across, [0, 1, 1, 1])
     slope = slope + F.pad(one, [1, 0, 1, 0]) - F.pad(one, [0, 1, 0, 1])
@@ -146,44 +139,52 @@ def _differences(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return down, across, one, other
 
 
+class Step(NamedTuple):
+    """What one stage's way up leaves for the way down.
+
+    Attributes:
+        below: what the stage was given: the features of the one before.
+        halved: the same after the pooling, if the stage has one.
+        features: what it made of that.
+        weight: of its convolution.
+        padding: rows and columns of zeros that the convolution saw beyond each edge.
+        pooled: whether the stage has a pooling.
+    """
+
+    below: Tensor
+    halved: Tensor
+    features: Tensor
+    weight: Tensor
+    padding: int
+    pooled: bool
+
+
 class Stage(nn.Module):
-    """The weights of one convolution, and whether a pooling comes before it."""
+    """One convolution and its ReLU, with the pooling before it where a block begins.
+
+    What differs between stages is in attributes and no constants, so that TorchScript has one type for all of them.
+    """
 
     weight: Tensor
     bias: Tensor
+    padding: int
     pooled: bool
+    pooling: str
 
-    def __init__(self, weight: Tensor, bias: Tensor, pooled: bool) -> None:
+    def __init__(self, stage: network.Stage) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.pooled = pooled
+        # Of the usual layout: of others torch.export would have to know how long an edge is.
+        self.register_buffer("weight", stage.weight.contiguous())
+        self.register_buffer("bias", stage.bias)
+        self.padding = stage.padding
+        self.pooled = stage.pooled
+        self.pooling = stage.pooling
 
-
-class Way(NamedTuple):
-    """What the way up through a trunk leaves for the way down, a list entry for each stage.
-
-    Attributes:
-        below: what the stage was given; the features of the one before.
-        halved: the same after the pooling, if the stage has one.
-        features: what the stage made of it.
-        weights: of its convolution.
-        pooled: whether it pools.
-    """
-
-    below: list[Tensor]
-    halved: list[Tensor]
-    features: list[Tensor]
-    weights: list[Tensor]
-    pooled: list[bool]
-
-
-def by_layer(layers: list[str], features: list[Tensor]) -> dict[str, Tensor]:
-    """Return layer → features."""
-    found: dict[str, Tensor] = {}
-    for number, layer in enumerate(layers):
-        found[layer] = features[number]
-    return found
+    def forward(self, below: Tensor) -> Step:
+        """Return the step up from the features of the stage before."""
+        halved = pool(below, self.pooling) if self.pooled else below
+        features = torch.relu_(F.conv2d(halved, self.weight, self.bias, padding=[self.padding, self.padding]))
+        return Step(below, halved, features, self.weight, self.padding, self.pooled)
 
 
 class Ladder(nn.Module):
@@ -191,8 +192,8 @@ class Ladder(nn.Module):
 
     Args:
         trunk: the engine's trunk of the same weights, in fp32.
-        flipping: convolve with flipped weights on the way down, in place of a transposed convolution. For ONNX: runtimes
-            flip constants once, when they load the graph, and are faster so; TorchScript would flip them at each call.
+        flipping: convolve with flipped weights on the way down, in place of a transposed convolution. onnxruntime flips
+            constants once, when it loads a graph, and its convolution is faster; torch would flip them at each call.
     """
 
     mean: Tensor
@@ -205,7 +206,7 @@ class Ladder(nn.Module):
         super().__init__()
         stages = cast("list[network.Stage]", list(trunk.stages))
         self.layers = [stage.name for stage in stages]
-        self.stages = nn.ModuleDict({stage.name: Stage(stage.weight, stage.bias, stage.pooled) for stage in stages})
+        self.stages = nn.ModuleDict({stage.name: Stage(stage) for stage in stages})
         self.register_buffer("mean", trunk.mean)
         self.pooling = stages[0].pooling
         self.replicate = trunk.replicate
@@ -213,50 +214,41 @@ class Ladder(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return the features of every layer of pictures (N, 3, H, W), by name."""
-        way = self.climb(image)
-        return by_layer(self.layers, way.features)
+        return self.by_layer(self.climb(image))
 
-    def climb(self, image: Tensor) -> Way:
-        """Return what the features of pictures (N, 3, H, W) are made of."""
+    def climb(self, image: Tensor) -> list[Step]:
+        """Return the steps from pictures (N, 3, H, W) to the deepest layer."""
         x = image - self.mean
         if self.replicate:
             x = replicated(x)
-        padding = 0 if self.replicate else 1
-        below: list[Tensor] = []
-        halved: list[Tensor] = []
-        features: list[Tensor] = []
-        weights: list[Tensor] = []
-        pooled: list[bool] = []
+        steps: list[Step] = []
         for stage in self.stages.values():
-            below.append(x)
-            if stage.pooled:
-                x = pool(x, self.pooling)
-            halved.append(x)
-            x = torch.relu_(F.conv2d(x, stage.weight, stage.bias, padding=[padding, padding]))
-            padding = 1
-            features.append(x)
-            weights.append(stage.weight)
-            pooled.append(stage.pooled)
-        return Way(below, halved, features, weights, pooled)
+            step = stage(x)
+            steps.append(step)
+            x = step.features
+        return steps
 
-    def descend(self, way: Way, slopes: dict[str, Tensor]) -> Tensor:
+    def by_layer(self, steps: list[Step]) -> dict[str, Tensor]:
+        """Return layer → features of steps."""
+        features: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.layers):
+            features[layer] = steps[number].features
+        return features
+
+    def descend(self, steps: list[Step], slopes: dict[str, Tensor]) -> Tensor:
         """Return the slope of the pictures, given those of layers' features, the deepest layer's among them."""
-        deepest = len(self.layers) - 1
-        slope = torch.zeros_like(way.features[deepest])
-        for up in range(len(self.layers)):
-            stage = deepest - up
-            layer = self.layers[stage]
+        slope = torch.zeros_like(steps[-1].features)
+        for down in range(len(steps)):
+            number = len(steps) - 1 - down
+            step, layer = steps[number], self.layers[number]
             if layer in slopes:
                 slope = slope + slopes[layer]
-            slope = slope * (way.features[stage] > 0)
-            slope = self._before_convolution(
-                slope, way.weights[stage], padding=0 if self.replicate and stage == 0 else 1
-            )
-            if way.pooled[stage]:
-                slope = pool_slope(slope, way.below[stage], way.halved[stage], self.pooling)
+            slope = self._through_convolution(slope * (step.features > 0), step.weight, step.padding)
+            if step.pooled:
+                slope = pool_slope(slope, step.below, step.halved, self.pooling)
         return folded(slope) if self.replicate else slope
 
-    def _before_convolution(self, slope: Tensor, weight: Tensor, padding: int) -> Tensor:
+    def _through_convolution(self, slope: Tensor, weight: Tensor, padding: int) -> Tensor:
         if self.flipping:
             return F.conv2d(slope, weight.flip([2, 3]).transpose(0, 1), padding=[2 - padding, 2 - padding])
         return F.conv_transpose2d(slope, weight, padding=[padding, padding])
@@ -359,8 +351,8 @@ class Closure(nn.Module):
         tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return what `Objective.forward` does, of the same arguments, and the gradient (N, 3, H, W)."""
-        way = self.ladder.climb(image)
-        features = by_layer(self.ladder.layers, way.features)
+        steps = self.ladder.climb(image)
+        features = self.ladder.by_layer(steps)
         slopes: dict[str, Tensor] = {}
         content_losses: list[Tensor] = []
         style_losses: list[Tensor] = []
@@ -376,5 +368,5 @@ class Closure(nn.Module):
         total, content_loss, style_loss, tv = summed(
             image, content_losses, style_losses, content_weights, style_weights, tv_weight
         )
-        gradient = self.ladder.descend(way, slopes) + tv_weight * variation_slope(image)
+        gradient = self.ladder.descend(steps, slopes) + tv_weight * variation_slope(image)
         return total, content_loss, style_loss, tv, gradient

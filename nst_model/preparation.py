@@ -26,9 +26,10 @@ def prepare_style(
 
     Args:
         model: the feature model.
-        styles: pictures, of the sizes that they have beside a finished picture of `size_px`; their longer edges must be the
-            same. The SHA-256 of its file is the name of each.
-        options: `size_px` and `first_size_px` say at which scales the style is seen, and its layers, pooling, padding and precision how.
+        styles: pictures, of the sizes that they have beside a finished picture of `size_px`; their longer edges must be
+            the same. The SHA-256 of its file is the name of each.
+        options: `size_px` and `first_size_px` say at which scales the style is seen, and its layers, pooling, padding
+            and precision how.
         display_name: of the style, for people.
         targets_of: in place of `model.style_targets`, to keep what it returns.
 

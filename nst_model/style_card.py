@@ -118,7 +118,7 @@ class StyleCard:
         if weights_sha256 not in (None, self.weights_sha256):
             raise InvalidOption(
                 "model",
-                f"{model} has other weights ({weights_sha256}) than the style file was made with ({self.weights_sha256})",
+                f"{model} has weights {weights_sha256} here, and the style file was made with {self.weights_sha256}",
             )
         for name, own in (("pooling", self.pooling), ("padding", self.padding)):
             if getattr(options, name) is not own:

@@ -1,7 +1,7 @@
 """A style as a file: the moments of its features at each size, without its pictures.
 
-A safetensors file with the tensors `{size}.{layer}.mean` (C,) and `{size}.{layer}.gram` (C, C), fp32, such as the graph `grams` of an
-exported model yields, and a description (see `artifact.py`). A style of several images is stored mixed.
+A safetensors file of the tensors `{size}.{layer}.mean` (C,) and `{size}.{layer}.gram` (C, C), fp32, such as the graph
+`grams` of an exported model yields, and a description (see `artifact.py`). A style of several images is stored mixed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nst_model import artifact
+from nst_model.artifact import Fp32
 from nst_model.errors import InvalidArtifact
 from nst_model.losses import Targets
 from nst_model.style_card import StyleCard
@@ -38,18 +40,18 @@ class StyleFile:
         for size_px, layers in self.moments.items():
             for layer, targets in layers.items():
                 for name in MOMENTS:
-                    tensor = targets[name].detach().cpu().float().contiguous()
-                    tensors[f"{size_px}.{layer}.{name}"] = tensor.numpy()
-        return artifact.sealed_safetensors(
-            {name: (tuple(array.shape), array.astype("<f4").tobytes()) for name, array in tensors.items()},
-            self.card.description(),
-        )
+                    array = targets[name].detach().cpu().numpy()
+                    tensors[f"{size_px}.{layer}.{name}"] = Fp32(array.shape, array.astype("<f4").tobytes())
+        return artifact.sealed_safetensors(tensors, self.card.description())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StyleFile:
         """Return the style of a file. Raises InvalidArtifact."""
         card = StyleCard.of(artifact.read_description(data))
-        tensors = safetensors.torch.load(data)
+        try:
+            tensors = safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise InvalidArtifact(f"the style file cannot be read: {error}") from None
         moments: dict[int, dict[str, dict[str, Tensor]]] = {}
         for size_px in card.sizes_px:
             for layer in card.layers:

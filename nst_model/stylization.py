@@ -27,7 +27,7 @@ from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.network import Trunk, build_trunk
-from nst_model.objective import Objective, interpreted, script
+from nst_model.objective import Objective, interpreted
 from nst_model.options import (
     BUDGETS,
     STEERABLE,
@@ -44,6 +44,7 @@ from nst_model.regions import Layout, fitting, layer_weights
 from nst_model.scales import MIN_EDGE_PX, scaled_edge, scales
 from nst_model.state import State
 from nst_model.style_file import StyleFile
+from nst_model.torchscript import script
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
@@ -98,6 +99,11 @@ class KeptStyle:
         sizes_px = [self.scaled(edge / edges[-1]).size_px for edge in edges]
         weights = model.weights
         self.file.card.check(options, model=weights.name, weights_sha256=weights.sha256, sizes_px=sizes_px)
+        for layer, kept in self.file.moments[self.size_px].items():
+            channels = len(weights.convolutions[layer][1])
+            if len(kept["mean"]) != channels:
+                there = len(kept["mean"])
+                raise InvalidOption(f"style_layers[{layer}]", f"has {channels} channels, and {there} in the style file")
 
     def targets(self, options: StylizeOptions) -> LayerTargets:
         """Return what is kept of the style at each style layer."""
@@ -167,7 +173,7 @@ class FeatureModel:
     def objective(
         self, styles: Sequence[LayerTargets], options: StylizeOptions, region_shares: Sequence[float] = (1.0,)
     ) -> torch.jit.ScriptModule:
-        """Return the scripted objective for each region's style targets: what is minimized, and what can be saved."""
+        """Return the scripted objective for each region's style targets: what is minimized."""
         here = [
             {
                 layer: {name: tensor.to(self.device) for name, tensor in at_layer.items()}

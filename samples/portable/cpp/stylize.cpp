@@ -5,6 +5,7 @@
 // Pictures are (1, 3, H, W), RGB, float in [0, 1]; files are PPM (P6, 8 bits), so that no image library is needed.
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -13,14 +14,13 @@
 #include <functional>
 #include <iomanip>
 #include <iostream>
-#include <iterator>
 #include <limits>
 #include <map>
-#include <numeric>
 #include <regex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -45,7 +45,7 @@ const std::map<std::string, double> style_layer_weights = {
 struct Options {
   std::filesystem::path photo;
   std::filesystem::path style;
-  std::filesystem::path models = "models";
+  std::filesystem::path models = "../models";
   std::filesystem::path out = "stylized.ppm";
   std::filesystem::path start;     // the photograph if empty
   std::filesystem::path evaluate;  // where the gradient goes
@@ -228,6 +228,14 @@ void evaluate(Objective& objective, const at::Tensor& picture, const std::filesy
   std::cout << std::setprecision(9) << R"({"total": )" << total << "}\n";
 }
 
+int whole_number(std::string_view flag, std::string_view text) {
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size())
+    throw std::invalid_argument(std::string(flag) + " must be a whole number, not " + std::string(text));
+  return value;
+}
+
 Options parsed(int count, char** words) {
   Options options;
   std::vector<std::string_view> positional;
@@ -236,8 +244,8 @@ Options parsed(int count, char** words) {
       {"--out", [&](const char* value) { options.out = value; }},
       {"--start", [&](const char* value) { options.start = value; }},
       {"--evaluate", [&](const char* value) { options.evaluate = value; }},
-      {"--size", [&](const char* value) { options.size = std::stoi(value); }},
-      {"--iterations", [&](const char* value) { options.iterations = std::stoi(value); }},
+      {"--size", [&](const char* value) { options.size = whole_number("--size", value); }},
+      {"--iterations", [&](const char* value) { options.iterations = whole_number("--iterations", value); }},
   };
   for (int i = 1; i < count; ++i) {
     const std::string_view word = words[i];

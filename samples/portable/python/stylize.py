@@ -26,6 +26,8 @@ STYLE_LAYERS = {"relu1_1": 256.0, "relu2_1": 64.0, "relu3_1": 16.0, "relu4_1": 4
 """Relative weights of layers; 1 for any other."""
 TV_WEIGHT = 200.0
 HISTORY = 20
+MIN_EDGE_PX = 16
+"""Smallest edge whose deepest features still have a position."""
 CALLS = 7
 """Calls that --benchmark takes the median of."""
 
@@ -48,9 +50,9 @@ class Objective:
     def __init__(self, folder: Path, photo: Array, style: Array) -> None:
         self._closure = opened(folder, "closure")
         self.margin_px: int = described(self._closure)["margin_px"]
-        self.start = self._with_margin(photo)
+        self.start = self.with_margin(photo)
         content = outputs(opened(folder, "features"), self.start)
-        grams = outputs(opened(folder, "grams"), self._with_margin(style))
+        grams = outputs(opened(folder, "grams"), self.with_margin(style))
         inputs = [entry.name for entry in self._closure.get_inputs()]
         content_layers = [name.removeprefix("content.") for name in inputs if name.startswith("content.")]
         style_layers = [name.removeprefix("style.") for name in inputs if name.startswith("style.")]
@@ -76,7 +78,8 @@ class Objective:
         pixels = x.reshape(self.start.shape)[0, :, margin : height - margin, margin : width - margin]
         return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
-    def _with_margin(self, picture: Array) -> Array:
+    def with_margin(self, picture: Array) -> Array:
+        """Return a picture as the model wants it."""
         beside = (self.margin_px, self.margin_px)
         return np.pad(picture, ((0, 0), (0, 0), beside, beside), mode="reflect")
 
@@ -108,11 +111,14 @@ def outputs(session: onnxruntime.InferenceSession, image: Array) -> dict[str, Ar
 
 
 def read_picture(file: Path, edge_px: int) -> Array:
-    """Return a picture file's pixels, its longer edge scaled to `edge_px`."""
-    with Image.open(file) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    """Return a picture file's pixels, its longer edge scaled to `edge_px`. Ends the program if it is none."""
+    try:
+        with Image.open(file) as stored:
+            picture = ImageOps.exif_transpose(stored).convert("RGB")
+    except OSError as error:
+        sys.exit(f"stylize: {file} cannot be read as a picture: {error}")
     scale = edge_px / max(picture.size)
-    width, height = (max(16, round(edge * scale)) for edge in picture.size)
+    width, height = (max(MIN_EDGE_PX, round(edge * scale)) for edge in picture.size)
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
@@ -157,6 +163,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--benchmark", action="store_true", help="Time the closure instead, and print JSON.")
     options = parser.parse_args()
+    if options.size < MIN_EDGE_PX or options.iterations < 1:
+        parser.error(f"--size must be at least {MIN_EDGE_PX}, --iterations at least 1")
     photo, style = read_picture(options.photo, options.size), read_picture(options.style, options.size)
     objective = Objective(options.models, photo, style)
     if options.benchmark:

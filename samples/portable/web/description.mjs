@@ -94,8 +94,7 @@ function* fields(bytes, name) {
   const varint = () => {
     let value = 0;
     for (let factor = 1; factor < 2 ** 70; factor *= 128) {
-      const byte = bytes[at++];
-      if (byte === undefined) break;
+      const byte = bytes[at++]; // beyond the end it is undefined, which is less than nothing
       value += (byte & 127) * factor;
       if (byte < 128) return value;
     }

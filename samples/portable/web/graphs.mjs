@@ -54,7 +54,7 @@ export async function graphFiles(files) {
   }
   const missing = GRAPHS.filter((graph) => !found.has(graph));
   if (missing.length > 0)
-    throw new InvalidArtifact('A model', `has three graphs; ${missing.join(' and ')} is missing.`);
+    throw new InvalidArtifact('A model', `has three graphs, ${GRAPHS.join(', ')}; missing: ${missing.join(', ')}.`);
   const [first, ...others] = found.values();
   for (const { name, description } of others) {
     const key = COMMON.find((key) => description[key] !== first.description[key]);

@@ -4,7 +4,7 @@
 //
 // With --benchmark the closure is timed on the photograph instead, and JSON is printed.
 import { readFile } from 'node:fs/promises';
-import { basename, join } from 'node:path';
+import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import * as ort from 'onnxruntime-web';
 import sharp from 'sharp';
@@ -34,7 +34,7 @@ if (!photo || !style || !(size >= 16) || !(iterations >= 1)) {
 }
 
 try {
-  const files = await Promise.all(GRAPHS.map((graph) => fileOf(join(values.models, `${graph}.onnx`))));
+  const files = await Promise.all(GRAPHS.map(fileOf));
   const graphs = new Graphs(ort, await graphFiles(files));
   await (values.benchmark ? benchmark(graphs) : run(graphs));
   await graphs.close();
@@ -85,14 +85,22 @@ async function scaleAt(edge) {
  * @param {number} edge of the longer side, pixels
  */
 async function pictureAt(path, edge) {
-  const upright = sharp(path).autoOrient().toColourspace('srgb').removeAlpha();
-  const { autoOrient } = await upright.metadata();
-  const { width, height } = fitted(autoOrient.width, autoOrient.height, edge);
-  const pixels = await upright.resize(width, height, { fit: 'fill' }).raw().toBuffer();
-  return fromPixels(pixels, width, height, 3);
+  try {
+    const upright = sharp(path).autoOrient().toColourspace('srgb').removeAlpha();
+    const { autoOrient } = await upright.metadata();
+    const { width, height } = fitted(autoOrient.width, autoOrient.height, edge);
+    const pixels = await upright.resize(width, height, { fit: 'fill' }).raw().toBuffer();
+    return fromPixels(pixels, width, height, 3);
+  } catch (error) {
+    throw new Error(`${path} cannot be read as a picture: ${error instanceof Error ? error.message : error}`);
+  }
 }
 
-/** @param {string} path */
-async function fileOf(path) {
-  return { name: basename(path), bytes: new Uint8Array(await readFile(path)) };
+/** @param {string} graph */
+async function fileOf(graph) {
+  const name = `${graph}.onnx`;
+  const bytes = await readFile(join(values.models, name)).catch(() => {
+    throw new Error(`${join(values.models, name)} is not there; nst-model export --graph ${graph} makes it`);
+  });
+  return { name, bytes: new Uint8Array(bytes) };
 }

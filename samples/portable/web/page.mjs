@@ -41,7 +41,7 @@ let worker = null;
 /** When the run's first iterate came, milliseconds, and what part of the run was done with it. */
 let first = { time: 0, work: 0 };
 
-empty.textContent = 'The picture appears here, and becomes while you watch.';
+empty.textContent = 'The picture appears here, and takes shape while you watch.';
 for (const sample of samples()) sample.addEventListener('change', () => ownStyle.clear());
 form.addEventListener('submit', (event) => {
   event.preventDefault();
@@ -84,7 +84,8 @@ function run(order) {
   stop.hidden = false;
   progress.hidden = false;
   progress.removeAttribute('value');
-  stop.focus();
+  stop.focus({ preventScroll: true });
+  element('easel', HTMLElement).scrollIntoView({ block: 'nearest' });
   chart.begin(edges(order.size).length * (order.iterations + 1));
   curve.hidden = true;
   say('Loading the model', '');
@@ -208,13 +209,17 @@ async function offerGpu() {
   if (!adapter.info.isFallbackAdapter) device.value = 'webgpu';
 }
 
-/** Lets WebAssembly use threads, by a service worker that sets the headers; takes effect when the page is loaded anew. */
+/** Lets WebAssembly use threads, by a service worker that sets the headers; that takes loading the page anew. */
 async function isolate() {
   if (crossOriginIsolated || !navigator.serviceWorker) return;
-  const registered = await navigator.serviceWorker.register(new URL('service-worker.js', import.meta.url));
-  if (registered.active) return; // it came too late for this page, or the browser does not isolate by it
-  await navigator.serviceWorker.ready;
-  location.reload();
+  try {
+    const { active } = await navigator.serviceWorker.register(new URL('service-worker.js', import.meta.url));
+    if (active) return; // it is there, and the browser went round it: reloading would not end
+    await navigator.serviceWorker.ready;
+    location.reload();
+  } catch (error) {
+    console.warn('There is no service worker, so there is one thread.', error);
+  }
 }
 
 async function sampleStyle() {
@@ -233,6 +238,7 @@ function samples() {
 function complain(message) {
   problem.textContent = message;
   problem.hidden = false;
+  problem.scrollIntoView({ block: 'nearest' });
 }
 
 function forgive() {

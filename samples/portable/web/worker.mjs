@@ -7,12 +7,8 @@
 import { Graphs, graphFiles } from './graphs.mjs';
 import { MODELS } from './models.mjs';
 import { fitted, fromPixels, toPixels } from './pictures.mjs';
+import { runtimeOf } from './runtime.mjs';
 import { edges, stylize } from './stylize.mjs';
-
-const RUNTIMES = {
-  wasm: './node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs',
-  webgpu: './node_modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs',
-};
 
 /**
  * @typedef {object} Order
@@ -62,8 +58,7 @@ async function run({ photo, style, models, size, iterations, device }) {
     scales.push({ content, style: await pictureOf(style, edge, 'The style') });
   }
   const files = models ? await Promise.all(models.map(bytesOf)) : await besideThePage();
-  const ort = await import(RUNTIMES[device]);
-  ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(8, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
+  const ort = await runtimeOf(device);
   const graphs = new Graphs(ort, await graphFiles(files), { executionProviders: [device] });
   post({ kind: 'preparing', model: graphs.description.model_display_name });
   const work = sizes.map((edge) => edge ** 2);

@@ -64,7 +64,68 @@ test('a step that overshoots, or meets no number at all, is taken back in part',
   }
 });
 
+test('each step goes along -H·g, H being made of the last pairs only', () => {
+  const history = 3;
+  const optimizer = new LBFGS(Float32Array.of(1, 2, 0.5, 1.5), history);
+  /** @type {{ x: number[], g: number[] }[]} */
+  const points = [];
+  for (let i = 0; i < 8; i++) {
+    const { loss, gradient } = valley(optimizer.x);
+    points.push({ x: [...optimizer.x], g: [...gradient] });
+    optimizer.step(loss, gradient);
+    const step = [...optimizer.x].map((value, j) => value - points[i].x[j]);
+    const wanted = direction(points.slice(-history - 1));
+    const cosine = dot(step, wanted) / Math.sqrt(dot(step, step) * dot(wanted, wanted));
+    assert.ok(cosine > 1 - 1e-6, `step ${i} is ${step}, not along ${wanted}`);
+  }
+});
+
+test('what it is given it neither changes nor keeps', () => {
+  const [start, gradient] = [Float32Array.of(0.5, 0.25), Float32Array.of(1, -2)];
+  const [one, other] = [new LBFGS(start), new LBFGS(start.slice())];
+  start.fill(9);
+  one.step(1, gradient);
+  assert.deepEqual(gradient, Float32Array.of(1, -2));
+  gradient.fill(9);
+  other.step(1, Float32Array.of(1, -2));
+  for (const optimizer of [one, other]) optimizer.step(0.9, Float32Array.of(0.5, -0.5));
+  assert.deepEqual(one.x, other.x);
+});
+
 test('where the gradient is 0 it stays', () => {
   const { x } = minimize(() => ({ loss: 1, gradient: new Float32Array(2) }), [0.5, 0.25], 3);
   assert.deepEqual([...x], [0.5, 0.25]);
 });
+
+/**
+ * Returns -H·g at the last of some points, H being written out: Nocedal and Wright, equation 7.16, in float64.
+ *
+ * @param {{ x: number[], g: number[] }[]} points
+ */
+function direction(points) {
+  const pairs = points.slice(1).map(({ x, g }, i) => ({
+    s: x.map((value, j) => value - points[i].x[j]),
+    y: g.map((value, j) => value - points[i].g[j]),
+  }));
+  const { g } = points[points.length - 1];
+  const newest = pairs.at(-1);
+  const gamma = newest ? dot(newest.s, newest.y) / dot(newest.y, newest.y) : 1;
+  let h = g.map((_, i) => g.map((_, j) => (i === j ? gamma : 0)));
+  for (const { s, y } of pairs) {
+    const rho = 1 / dot(s, y);
+    const hy = h.map((row) => dot(row, y));
+    const yhy = dot(y, hy);
+    h = h.map((row, i) =>
+      row.map((value, j) => value - rho * (s[i] * hy[j] + hy[i] * s[j]) + rho * (rho * yhy + 1) * s[i] * s[j]),
+    );
+  }
+  return h.map((row) => -dot(row, g));
+}
+
+/**
+ * @param {number[]} a
+ * @param {number[]} b
+ */
+function dot(a, b) {
+  return a.reduce((total, value, i) => total + value * b[i], 0);
+}

@@ -1,0 +1,69 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { chromium } from 'playwright-core';
+import { CHROMIUM_FLAGS, serve } from './browser.mjs';
+import { given } from './inputs.mjs';
+
+// A GPU that the CPU computes, with the arithmetic of a real one.
+const SOFTWARE_GPU = ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-features=Vulkan'];
+
+test('WebGPU computes what WebAssembly does', async () => {
+  const { url, close } = await serve({ '/shallow.onnx': given('NST_TEST_SHALLOW') });
+  const args = [...CHROMIUM_FLAGS, ...SOFTWARE_GPU];
+  const browser = await chromium.launch({ executablePath: given('NST_TEST_CHROMIUM'), args });
+  try {
+    const page = await browser.newPage();
+    await page.goto(`${url}/portable/web/`);
+    await page.waitForSelector('html[data-ready]');
+    const options = await page.locator('#device option').allTextContents();
+    assert.deepEqual(options, ['GPU', 'CPU']);
+    const { cpu, gpu } = await page.evaluate(compared, `${url}/shallow.onnx`);
+    assert.ok(Math.abs(gpu.total / cpu.total - 1) < 1e-5, `${gpu.total} is not ${cpu.total}`);
+    const distance = norm(gpu.gradient.map((value, i) => value - cpu.gradient[i])) / norm(cpu.gradient);
+    assert.ok(distance < 1e-5, `the gradient is ${distance} off`);
+  } finally {
+    await browser.close();
+    close();
+  }
+});
+
+/**
+ * Runs in the page: returns what the closure makes of one random picture, by device.
+ *
+ * @param {string} url of the closure
+ */
+async function compared(url) {
+  const [{ Graphs }, { readDescription }, { WEIGHTS }, { runtimeOf }] = await Promise.all(
+    ['graphs.mjs', 'description.mjs', 'stylize.mjs', 'runtime.mjs'].map(
+      (path) => import(new URL(path, location.href).href),
+    ),
+  );
+  const bytes = new Uint8Array(await (await fetch(url)).arrayBuffer());
+  const description = await readDescription(bytes, 'shallow.onnx');
+  let seed = 1;
+  const random = (/** @type {number} */ length) =>
+    Float32Array.from({ length }, () => (seed = (seed * 16807) % 2147483647) / 2147483647);
+  const [width, height] = [39, 34];
+  const picture = { width, height, data: random(3 * width * height) };
+  const content = random(128 * 19 * 17);
+  const style = { relu1_1: random(64 * 64), relu2_1: random(128 * 128) };
+  const evaluated = async (/** @type {'wasm' | 'webgpu'} */ device) => {
+    const ort = await runtimeOf(device);
+    const graphs = new Graphs(ort, new Map([['closure', { name: 'shallow.onnx', bytes, description }]]), {
+      executionProviders: [device],
+    });
+    const targets = {
+      'content.relu2_1': new ort.Tensor('float32', content, [1, 128, 17, 19]),
+      'style.relu1_1': new ort.Tensor('float32', style.relu1_1, [64, 64]),
+      'style.relu2_1': new ort.Tensor('float32', style.relu2_1, [128, 128]),
+    };
+    const { total, gradient } = await graphs.evaluate(picture, targets, WEIGHTS);
+    return { total: /** @type {number} */ (total), gradient: /** @type {number[]} */ ([...gradient]) };
+  };
+  return { cpu: await evaluated('wasm'), gpu: await evaluated('webgpu') };
+}
+
+/** @param {number[]} vector */
+function norm(vector) {
+  return Math.sqrt(vector.reduce((total, value) => total + value ** 2, 0));
+}
