@@ -28,6 +28,7 @@ from nst_server.messages import (
     Finish,
     Message,
     Order,
+    Progressed,
     Ready,
     Refused,
     Suspend,
@@ -40,9 +41,10 @@ log = structlog.get_logger()
 
 MAX_BACKOFF_S = 30.0
 
-OBEY_S: dict[type[Order], float] = {Cancel: 5.0, Finish: 5.0, Suspend: 30.0}
+OBEY_S: dict[type[Order], float] = {Cancel: 5.0, Finish: 30.0, Suspend: 30.0}
 """How long a worker may take to end its task when it is told to, seconds, beside a few evaluations: a GPU that hangs
-never comes back. To suspend includes a checkpoint of some hundred MiB, which may have to go to an object store."""
+never comes back. What is to be cancelled loses nothing by haste. To suspend includes a checkpoint of some hundred MiB,
+which may have to go to an object store."""
 
 PATIENCE = 3
 """So many of the longest evaluations of the task until then. Those of the next scale take twice as long."""
@@ -100,11 +102,14 @@ class _Running:
     """When the last message came, or the task went out; 0 before that."""
     silence_s: float = 0.0
     """The longest time between two messages."""
+    progressed: bool = False
+    """Whether an evaluation has been made, so that it is known how long they take."""
     deadline: asyncio.TimerHandle | None = None
     """When the worker is taken for hung, once it has been told to end the task."""
 
-    def hear(self) -> None:
+    def hear(self, message: Message) -> None:
         """Note that the worker said something."""
+        self.progressed |= isinstance(message, Progressed)
         now = time.monotonic()
         self.silence_s = max(self.silence_s, now - self.heard)
         self.heard = now
@@ -208,6 +213,8 @@ class ProcessExecutor:
         """Kill the worker if it does not end its task within a time of an order that says so."""
         if (obey_s := OBEY_S.get(type(order))) is None:
             return
+        if isinstance(order, Finish) and not running.progressed:
+            return  # it still has to make a picture; what is wanted of it would come to nothing if it were killed
         limit_s = obey_s + PATIENCE * running.silence_s
         loop = asyncio.get_running_loop()
         if running.deadline is not None:
@@ -252,7 +259,7 @@ class ProcessExecutor:
                     running.ending.set_result(message)
             case _:
                 if self._running is not None and self._running.task.id == message.id:
-                    self._running.hear()
+                    self._running.hear(message)
                     self._running.report(message)
 
     def _died(self, process: BaseProcess, how: str) -> None:

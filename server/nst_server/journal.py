@@ -23,7 +23,7 @@ AT_ONCE = 1000
 """Batches in one transaction."""
 
 PATIENCE_S = 10.0
-"""How long a database may be read-only, while another takes its place for instance, before callers are told."""
+"""How long a store may take nothing, while another takes its place for instance, before callers are told."""
 
 FOR_A_WHILE = (StorageFull, StorageUnavailable)
 """Why storage may take nothing for a while."""
@@ -93,17 +93,20 @@ class Journal:
 
     @property
     def read_only(self) -> RequestError | None:
-        """Why callers need not wait to be told what they want to know; None if they had better."""
-        lasts = time.monotonic() - self._stuck_since > PATIENCE_S
-        return self._refusal if isinstance(self._refusal, StorageReadOnly) and lasts else None
+        """Why nothing that happens can be told, if it is that the store has been read-only for PATIENCE_S."""
+        late = self._late()
+        return late if isinstance(late, StorageReadOnly) else None
 
     async def durable(self, done: Awaitable[Any]) -> None:
-        """Wait for what happens when something is durable. Raises StorageReadOnly rather than wait for ever."""
+        """Wait for what happens when something is durable; raise why it is not if that takes longer than PATIENCE_S.
+
+        It is not undone then, and durable as soon as the store takes something.
+        """
         waiting = asyncio.ensure_future(done)
         try:
             while not (await asyncio.wait([waiting], timeout=RETRY_S))[0]:
-                if self.read_only is not None:
-                    raise self.read_only
+                if (error := self._late()) is not None:
+                    raise error
             waiting.result()
         finally:
             waiting.cancel()
@@ -134,6 +137,9 @@ class Journal:
                 del self._entries[: len(entries)]
                 for entry in entries:
                     entry.settled(next(failures) if entry.batch else None)
+
+    def _late(self) -> RequestError | None:
+        return self._refusal if time.monotonic() - self._stuck_since > PATIENCE_S else None
 
     def _stick(self, error: RequestError) -> None:
         if type(error) is not type(self._refusal):

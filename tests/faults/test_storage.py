@@ -127,6 +127,28 @@ async def test_a_job_whose_turn_comes_while_the_disk_is_full_waits(serve: Serve,
         await server.stop(0)
 
 
+async def test_a_full_disk_is_said_to_whoever_waits(
+    serve: Serve, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cancels is told after a while that it is not durable; the device is free at once, with room it is done."""
+    monkeypatch.setattr("nst_server.journal.PATIENCE_S", 1.0)
+    with small_disk(tmp_path / "disk") as disk:
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        server, client = await serve(data_dir=disk / "data")
+        running = await create(client, ask(**FOREVER))
+        live = server._application._jobs[running]
+        await until(lambda: live.now.progress is not None, 20)
+        filling = fill(disk)
+        await until(lambda: live.now.sequence > live.snapshot().sequence + 20, 20)
+        for call in (_cancelled, _cancelled):
+            refusal = await asyncio.wait_for(client.refusal(call(client, running)), 10)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL")
+        assert not server._application.scheduler._running
+        filling.unlink()
+        assert (await asyncio.wait_for(watched(client, running), 20)).job.state == job_pb2.JOB_STATE_CANCELLED
+        await server.stop(0)
+
+
 async def test_a_full_disk_can_be_emptied(serve: Serve, tmp_path: Path, ask: Ask) -> None:
     """Jobs that ended can be deleted, with their images, though nothing can be written; so can one that runs."""
     with small_disk(tmp_path / "disk") as disk:

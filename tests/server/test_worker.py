@@ -199,7 +199,7 @@ async def test_a_worker_that_hangs_is_killed_when_its_job_is_to_end(
         assert job.state == job_pb2.JOB_STATE_CANCELLED
     else:
         await client.jobs.DeleteJob(style_transfer_service_pb2.DeleteJobRequest(name=name))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     told = await asyncio.wait_for(client.told(ask()), START_S)
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
@@ -218,8 +218,11 @@ async def test_a_job_whose_worker_hangs_can_be_paused_and_finished(
     job = await asyncio.wait_for(client.jobs.UpdateJob(update(name=name, paused=True)), 3)
     assert job.state == job_pb2.JOB_STATE_PAUSED
     await client.jobs.UpdateJob(update(name=name, paused=False))
-    job = await hung_again(client, executor, name, attempt=2)
-    assert job.progress.iteration > 1, "it began anew"
+    call = client.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=name, after_sequence=job.sequence))
+    resumed = await read_until(call, "progress")
+    os.kill(executor.pid or 0, signal.SIGSTOP)
+    call.cancel()
+    assert (resumed.attempt, resumed.progress.iteration > 1) == (2, True), "it began anew"
     await client.jobs.UpdateJob(update(name=name, finish=True))
 
     told = await asyncio.wait_for(watched(client, name), START_S)
@@ -261,16 +264,6 @@ async def hanging(client: Caller, executor: ProcessExecutor, request: Any, *, pr
     os.kill(executor.pid or 0, signal.SIGSTOP)
     call.cancel()
     return str(created.name)
-
-
-async def hung_again(client: Caller, executor: ProcessExecutor, name: str, *, attempt: int) -> job_pb2.Job:
-    """Stop the worker when it is at an attempt at a job; return the job."""
-    while True:
-        job = await client.jobs.GetJob(style_transfer_service_pb2.GetJobRequest(name=name))
-        if job.attempt == attempt and job.state == job_pb2.JOB_STATE_RUNNING:
-            os.kill(executor.pid or 0, signal.SIGSTOP)
-            return job
-        await asyncio.sleep(0.02)
 
 
 async def test_front_never_imports_torch_and_takes_its_worker_with_it(
