@@ -311,6 +311,7 @@ class Application:
         if job.elsewhere:
             await self.cancel_job(name)
         else:
+            job.check()
             self.scheduler.cancel(job)
             await self._ledger.over(job)
         freed = await self._ledger.delete(job.name)

@@ -391,8 +391,10 @@ class Job:
             yield self._event(self.snapshot(), after)
             cursor = after
             async for event in self._past(after):
-                cursor = event.sequence  # it may be one that has come since
+                cursor = event.sequence  # it may be one that has come since, even the last
                 yield event
+                if _is_last(event):
+                    return
             cursor = max(cursor, self._before)  # what is compacted is in the snapshot
             if self.elsewhere and not self._shown.state.terminal:
                 present = self._follow(cursor, wakeup, heartbeat_s)
@@ -452,7 +454,7 @@ class Job:
             for event in await self._news(cursor):
                 cursor, quiet_s = event.sequence, 0.0
                 yield await self._whole(event)
-                if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
+                if _is_last(event):
                     return
             with contextlib.suppress(TimeoutError):  # a server that stops says so at once
                 await asyncio.wait_for(wakeup.wait(), FOLLOW_S)
@@ -498,6 +500,10 @@ class Job:
     def _wake(self) -> None:
         for watcher in self._watchers:
             watcher.set()
+
+
+def _is_last(event: Event) -> bool:
+    return isinstance(event.payload, StateChanged) and event.payload.job.state.terminal
 
 
 def _utc() -> datetime:
