@@ -131,8 +131,8 @@ async def test_a_style_file_says_what_it_is(file: bytes, tiny_weights_file: Path
 
 async def test_an_imported_style_tells_what_it_is_for(caller: Caller, file: bytes) -> None:
     """In `file` and in `prepared`; it has no images, and the name in the file unless another is given."""
-    style = await importing(caller, file, "told")
-    assert (style.name, style.display_name, len(style.images)) == ("styles/told", "A travelling style", 0)
+    style = await importing(caller, file, "file-told")
+    assert (style.name, style.display_name, len(style.images)) == ("styles/file-told", "A travelling style", 0)
     assert style.HasField("create_time")
     about = style.file
     assert (about.sha256, about.total_bytes) == (hashlib.sha256(file).hexdigest(), len(file))
@@ -149,26 +149,26 @@ async def test_an_imported_style_tells_what_it_is_for(caller: Caller, file: byte
     assert [(grams.model, grams.size_px, list(grams.layers)) for grams in style.prepared] == [
         ("models/vgg16", size_px, list(about.layers)) for size_px in about.sizes_px
     ]
-    assert await get(caller, "told") == style
+    assert await get(caller, "file-told") == style
     listed = await caller.styles.ListStyles(style_service_pb2.ListStylesRequest())
     assert style in list(listed.styles)
-    assert (await importing(caller, file, "renamed", "Another name")).display_name == "Another name"
+    assert (await importing(caller, file, "file-renamed", "Another name")).display_name == "Another name"
 
 
 async def test_importing_again_gives_the_same_style(caller: Caller, file: bytes) -> None:
     """Under the same id, or under none; an id stands for one style, whether it has images or was imported."""
-    first = await importing(caller, file, "again")
-    assert await importing(caller, file, "again") == first
+    first = await importing(caller, file, "file-again")
+    assert await importing(caller, file, "file-again") == first
     nameless = [await importing(caller, file) for _ in range(2)]
     assert nameless[0] == nameless[1]
 
     other = changed(file, display_name="Another")
-    await create(caller, "with-images", picture_bytes(32, 32))
+    await create(caller, "file-with-images", picture_bytes(32, 32))
     for call in (
-        importing(caller, other, "again"),
-        importing(caller, file, "again", "Another name"),
-        importing(caller, file, "with-images"),
-        caller.styles.CreateStyle(creation("again", picture_bytes(32, 32))),
+        importing(caller, other, "file-again"),
+        importing(caller, file, "file-again", "Another name"),
+        importing(caller, file, "file-with-images"),
+        caller.styles.CreateStyle(creation("file-again", picture_bytes(32, 32))),
     ):
         refusal = await caller.refusal(call)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
@@ -176,19 +176,19 @@ async def test_importing_again_gives_the_same_style(caller: Caller, file: bytes)
 
 async def test_an_imported_style_is_exported_as_it_came(caller: Caller, file: bytes) -> None:
     """The same bytes, from any offset; refused if it does not serve what is named."""
-    await importing(caller, file, "back")
-    assert await exported(caller, "back") == file
-    nothing_named = style_service_pb2.ExportStyleRequest(name="back", options={})
+    await importing(caller, file, "file-back")
+    assert await exported(caller, "file-back") == file
+    nothing_named = style_service_pb2.ExportStyleRequest(name="file-back", options={})
     assert whole([part async for part in caller.styles.ExportStyle(nothing_named)]) == file
-    assert await exported(caller, "styles/back", model="models/vgg16", **OPTIONS) == file
-    request = style_service_pb2.ExportStyleRequest(name="back", offset=100)
+    assert await exported(caller, "styles/file-back", model="models/vgg16", **OPTIONS) == file
+    request = style_service_pb2.ExportStyleRequest(name="file-back", offset=100)
     assert whole([part async for part in caller.styles.ExportStyle(request)], file[:100]) == file
     for fields, field in (
         ({"model": "vgg19"}, "model"),
         ({"size_px": 64}, "options.size_px"),
         ({**OPTIONS, "pooling": "POOLING_L2"}, "options.pooling"),
     ):
-        refusal = await caller.refusal(exported(caller, "back", **fields))
+        refusal = await caller.refusal(exported(caller, "file-back", **fields))
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
@@ -197,12 +197,12 @@ async def test_an_imported_style_is_exported_as_it_came(caller: Caller, file: by
 
 async def test_mixed_with_other_styles(caller: Caller, file: bytes, painting: bytes, ask: Ask) -> None:
     """By weight, in a region, and beside images; a weight of 0 leaves it out."""
-    await importing(caller, file, "mixed")
+    await importing(caller, file, "file-mixed")
     mask = picture_bytes(96, 64, seed=5, mode="L")
     for styles in (
-        [{"style": "mixed", "weight": 2}, {"image": {"data": painting}}],
-        [{"style": "mixed", "region": {"data": mask}}, {"image": {"data": painting}}],
-        [{"style": "mixed", "weight": 0}, {"image": {"data": painting}}],
+        [{"style": "file-mixed", "weight": 2}, {"image": {"data": painting}}],
+        [{"style": "file-mixed", "region": {"data": mask}}, {"image": {"data": painting}}],
+        [{"style": "file-mixed", "weight": 0}, {"image": {"data": painting}}],
     ):
         told = await caller.told(ask(styles=styles, **OPTIONS))
         assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED, told.job.error
@@ -232,16 +232,16 @@ async def test_what_it_cannot_serve_is_refused_at_once(
     caller: Caller, file: bytes, ask: Ask, options: dict[str, Any], field: str, has: str
 ) -> None:
     """INVALID_ARGUMENT before anything is queued, naming the option and what the file has."""
-    await importing(caller, file, "limited")
-    refusal = await caller.refusal(ask(styles=[{"style": "limited"}], **(OPTIONS | options)))
+    await importing(caller, file, "file-limited")
+    refusal = await caller.refusal(ask(styles=[{"style": "file-limited"}], **(OPTIONS | options)))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
     assert has in refusal.message
 
 
 async def test_it_has_no_image_to_take_a_part_of(caller: Caller, file: bytes, ask: Ask) -> None:
     """A `style_region` is refused, naming it."""
-    await importing(caller, file, "whole")
-    style = {"style": "whole", "style_region": {"data": picture_bytes(64, 80)}}
+    await importing(caller, file, "file-whole")
+    style = {"style": "file-whole", "style_region": {"data": picture_bytes(64, 80)}}
     refusal = await caller.refusal(ask(styles=[style], **OPTIONS))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "styles[0].style_region")
 
@@ -249,8 +249,8 @@ async def test_it_has_no_image_to_take_a_part_of(caller: Caller, file: bytes, as
 async def test_other_weights_of_the_same_model_are_refused(caller: Caller, file: bytes, ask: Ask) -> None:
     """Moments of one network are nonsense for another, whatever both are called."""
     other = changed(file, weights_sha256="ab" * 32)
-    await importing(caller, other, "foreign")
-    refusal = await caller.refusal(ask(styles=[{"style": "foreign"}], **OPTIONS))
+    await importing(caller, other, "file-foreign")
+    refusal = await caller.refusal(ask(styles=[{"style": "file-foreign"}], **OPTIONS))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "model")
     assert "ab" * 32 in refusal.message
 
@@ -318,20 +318,20 @@ async def test_jobs_with_it_survive_a_restart(serve: Serve, file: bytes, ask: As
 
 async def test_a_result_names_the_file(caller: Caller, file: bytes, ask: Ask) -> None:
     """Its parameters have the style's name and the SHA-256 of the style file."""
-    await importing(caller, file, "named")
-    told = await caller.told(ask(styles=[{"style": "named"}], **OPTIONS))
+    await importing(caller, file, "file-named")
+    told = await caller.told(ask(styles=[{"style": "file-named"}], **OPTIONS))
     parameters = json.loads(opened(told.result).getexif()[0x010E])
     sha256 = hashlib.sha256(file).hexdigest()
-    assert parameters["styles"] == [{"sha256": [sha256], "weight": 1.0, "name": "styles/named"}]
+    assert parameters["styles"] == [{"sha256": [sha256], "weight": 1.0, "name": "styles/file-named"}]
 
 
 async def test_the_same_request_is_the_same_job(caller: Caller, file: bytes, ask: Ask) -> None:
     """Idempotence holds for imported styles, too; another style under the same `request_id` is another request."""
-    await importing(caller, file, "idempotent")
+    await importing(caller, file, "file-idempotent")
     other = changed(file, display_name="Other")
-    await importing(caller, other, "different")
+    await importing(caller, other, "file-different")
     first, second, third = (
-        ask(styles=[{"style": style}], **OPTIONS) for style in ("idempotent", "idempotent", "different")
+        ask(styles=[{"style": style}], **OPTIONS) for style in ("file-idempotent", "file-idempotent", "file-different")
     )
     names = []
     for request in (first, second):
@@ -347,8 +347,8 @@ async def test_the_same_request_is_the_same_job(caller: Caller, file: bytes, ask
 
 async def test_the_file_that_a_job_holds_is_no_image(caller: Caller, file: bytes, ask: Ask) -> None:
     """It is kept with the job, and cannot be had or used as an image."""
-    await importing(caller, file, "held")
-    await caller.told(ask(styles=[{"style": "held"}], **OPTIONS))
+    await importing(caller, file, "file-held")
+    await caller.told(ask(styles=[{"style": "file-held"}], **OPTIONS))
     name = f"images/{hashlib.sha256(file).hexdigest()}"
     stub = image_service_pb2_grpc.ImageServiceStub(caller.channel)
     refusal = await caller.refusal(stub.GetImage(image_service_pb2.GetImageRequest(name=name)))
@@ -462,8 +462,8 @@ async def test_bad_fields_are_refused(caller: Caller, file: bytes) -> None:
 )
 async def test_bad_exports_are_refused(caller: Caller, fields: dict[str, Any], code: str, field: str | None) -> None:
     """Each field; a style that would be too thin to be seen by the model is named, too."""
-    await create(caller, "exportable", picture_bytes(64, 24, seed=3))
-    refusal = await caller.refusal(exported(caller, "exportable", **{"size_px": 64, **fields}))
+    await create(caller, "file-exportable", picture_bytes(64, 24, seed=3))
+    refusal = await caller.refusal(exported(caller, "file-exportable", **{"size_px": 64, **fields}))
     assert (refusal.code.name, refusal.field) == (code, field)
 
 
