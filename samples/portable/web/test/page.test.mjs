@@ -75,7 +75,9 @@ test('a static server is enough for WebAssembly to have threads', async () => {
 test('a run can be stopped at any time, and leaves its picture', async () => {
   await start(400);
   await reached(1);
-  await page.click('#stop');
+  const worker = page.workers().find((each) => each.url().endsWith('/worker.mjs'));
+  assert.ok(worker, 'it is computed in a worker');
+  await Promise.all([worker.waitForEvent('close'), page.click('#stop')]);
   assert.equal(await page.textContent('#status'), 'Stopped.');
   assert.ok(await page.isVisible('#download'));
   assert.ok(await page.isEnabled('#start'));
