@@ -87,6 +87,7 @@ test('files that are no model are named at once', async () => {
   await page.setInputFiles('#models', PHOTO);
   await page.waitForSelector('#error:not([hidden])');
   assert.match(String(await page.textContent('#error')), /^photo\.png is not an ONNX file/);
+  assert.equal(await page.textContent('#models-name'), 'Choose the files of a model', 'they are not kept');
   await page.setInputFiles('#models', modelPath('grams'));
   await page.waitForFunction(() => document.getElementById('error')?.textContent?.includes('missing'));
   assert.match(String(await page.textContent('#error')), /missing: features, closure/);
