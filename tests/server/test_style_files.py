@@ -9,7 +9,9 @@ import io
 import json
 import pickle
 import random
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+import safetensors.numpy
 import torch
 
 from nst.v1 import (
@@ -29,7 +32,7 @@ from nst.v1 import (
     style_service_pb2,
     style_transfer_service_pb2,
 )
-from nst_model import StyleFile, read_description
+from nst_model import StyleFile, artifact, read_description
 from tests.conftest import picture_bytes
 from tests.server.conftest import Caller, opened, read_until, watched
 from tests.server.test_exports import whole
@@ -71,6 +74,14 @@ def changed(data: bytes, alter: Callable[[Any], object] | None = None, **card: A
     if alter is not None:
         alter(style.moments)
     return replace(style, card=replace(style.card, **card)).to_bytes()
+
+
+def resealed(data: bytes, **said: Any) -> bytes:
+    """Return a style file whose description says something else, its digest being right."""
+    tensors = safetensors.numpy.load(data)
+    described = {name: value for name, value in read_description(data).items() if name != "content_sha256"}
+    kept = {name: artifact.Fp32(tensor.shape, tensor.tobytes()) for name, tensor in tensors.items()}
+    return artifact.sealed_safetensors(kept, described | said)
 
 
 # There and back
@@ -373,6 +384,7 @@ def bad_files(data: bytes) -> dict[str, bytes]:
         "a pickle": pickle.dumps({"relu1_1": [1.0]}),
         "a zip": b"PK\x03\x04" + bytes(100),
         "a zip bomb": zip_bomb(),
+        "a zip of overlapping members": overlapping_zip(),
         "a huge header": (2**62).to_bytes(8, "little") + b'{"__metadata__":{}}',
         "a deep header": (200_000).to_bytes(8, "little") + b"{" + b'"a":{' * 39_999 + b" " * 4,
         "half": data[: len(data) // 2],
@@ -384,8 +396,21 @@ def bad_files(data: bytes) -> dict[str, bytes]:
         "not a number": nan,
         "a layer less": changed(data, lambda moments: moments[68].pop("relu2_1")),
         "a matrix of another shape": changed(data, lambda m: m[48]["relu1_1"].update(mean=torch.zeros(3))),
-        "an unknown model": data.replace(b'model\\":\\"vgg16', b'model\\":\\"vgg17'),
+        "an unknown model": resealed(data, model="vgg17"),
     }
+
+
+WORDS = {
+    "a pickle": "never loaded",
+    "a zip bomb": "larger than the file",
+    "a zip of overlapping members": "larger than the file",
+    "half": "truncated",
+    "an altered moment": "altered",
+    "another version": "version 2",
+    "not a number": "relu1_1 at 48 px are not finite",
+    "an unknown model": "vgg17",
+}
+"""What the refusal of some bad files says."""
 
 
 def zip_bomb() -> bytes:
@@ -396,6 +421,20 @@ def zip_bomb() -> bytes:
     return buffer.getvalue()
 
 
+def overlapping_zip(members: int = 40) -> bytes:
+    """Return an archive in which each member contains all that come after it, without any compression."""
+    body, central, offsets = bytes(1000), b"", []
+    for number in reversed(range(members)):
+        name = f"archive/{number:03}".encode()
+        fixed = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, zlib.crc32(body), len(body), len(body), len(name), 0)
+        body = b"PK\x03\x04" + fixed + name + body
+        offsets.append((len(body), fixed, name))
+    for length, fixed, name in offsets:
+        central += b"PK\x01\x02" + struct.pack("<H", 20) + fixed + struct.pack("<HHHII", 0, 0, 0, 0, len(body) - length)
+        central += name
+    return body + central + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, members, members, len(central), len(body), 0)
+
+
 async def test_bad_files_are_refused(caller: Caller, file: bytes, tmp_path: Path) -> None:
     """INVALID_ARGUMENT naming `data`, whatever is wrong with it; nothing is stored."""
     bad = bad_files(file)
@@ -403,8 +442,8 @@ async def test_bad_files_are_refused(caller: Caller, file: bytes, tmp_path: Path
     for what, data in bad.items():
         refusal = await caller.refusal(importing(caller, data, "bad"))
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "data"), (what, refusal)
-        if what == "a pickle":
-            assert "never loaded" in refusal.message
+        if what in WORDS:
+            assert WORDS[what] in refusal.message
     assert (await caller.refusal(get(caller, "bad"))).code == grpc.StatusCode.NOT_FOUND
 
 
