@@ -166,6 +166,10 @@ def _archive_parts(data: bytes) -> _Parts:
     members: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > len(
+                data
+            ):  # they overlap, and would fill the memory
+                raise InvalidArtifact(f"{_FOREIGN}: its members together are larger than the file")
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED or not entry.filename.startswith("archive/"):
                     raise InvalidArtifact(f"{_FOREIGN}: {entry.filename} in it is compressed, or not in archive/")

@@ -56,22 +56,6 @@ def gram_slope(error: Tensor, features: Tensor) -> Tensor:
     return torch.bmm(slope, columns).reshape(features.shape)
 
 
-def summed(
-    image: Tensor,
-    content_losses: list[Tensor],
-    style_losses: list[Tensor],
-    content_weights: Tensor,
-    style_weights: Tensor,
-    tv_weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return total (N,), content losses (N, layers), style losses (N, layers) and total variation (N,) of pictures.
-
-    The losses are lists of (N,), an entry for each layer.
-    """
-    content, style, tv = torch.stack(content_losses, dim=1), torch.stack(style_losses, dim=1), variation(image)
-    return content @ content_weights + style @ style_weights + tv_weight * tv, content, style, tv
-
-
 def pool(x: Tensor, pooling: str) -> Tensor:
     """Return x (N, C, h, w) at half the resolution; an odd last row or column is left out."""
     if pooling == "average":
@@ -112,31 +96,35 @@ def spread(a: Tensor, b: Tensor, c: Tensor, d: Tensor, height: int, width: int) 
     return F.pad(x, [0, 1, 0, 1]).narrow(2, 0, height).narrow(3, 0, width)
 
 
-def variation(image: Tensor) -> Tensor:
-    """Return each picture's total variation, (N,): see `nst_model.objective.total_variation`."""
-    down, across, one, other = _differences(image)
+def neighbours(image: Tensor) -> list[Tensor]:
+    """Return the differences of pixels of pictures (N, 3, H, W): vertical, horizontal, and along both diagonals.
+
+    As in `nst_model.objective.total_variation`, beyond the edge the nearest pixel counts.
+    """
+    padded = replicated(image)
+    return [
+        padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1],
+        padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1],
+        padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1],
+        padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:],
+    ]
+
+
+def variation(differences: list[Tensor]) -> Tensor:
+    """Return each picture's total variation, (N,), given its `neighbours`."""
+    down, across, one, other = differences[0], differences[1], differences[2], differences[3]
     return (squares(down) + squares(across) + 0.5 * (squares(one) + squares(other))) / 3
 
 
-def variation_slope(image: Tensor) -> Tensor:
-    """Return the slope of `variation` to the pictures (N, 3, H, W)."""
-    down, across, one, other = _differences(image)
-    down, across = squares_slope(down) / 3, squares_slope(across) / 3
-    one, other = squares_slope(one) / 6, squares_slope(other) / 6
+def variation_slope(differences: list[Tensor]) -> Tensor:
+    """Return the slope of `variation` to the pictures (N, 3, H, W), given their `neighbours`."""
+    down, across = squares_slope(differences[0]) / 3, squares_slope(differences[1]) / 3
+    one, other = squares_slope(differences[2]) / 6, squares_slope(differences[3]) / 6
     slope = F.pad(down, [1, 1, 1, 0]) - F.pad(down, [1, 1, 0, 1])
     slope = slope + F.pad(across, [1, 0, 1, 1]) - F.pad(across, [0, 1, 1, 1])
     slope = slope + F.pad(one, [1, 0, 1, 0]) - F.pad(one, [0, 1, 0, 1])
     slope = slope + F.pad(other, [0, 1, 1, 0]) - F.pad(other, [1, 0, 0, 1])
     return folded(slope)
-
-
-def _differences(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    padded = replicated(image)
-    down = padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1]
-    across = padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1]
-    one = padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1]
-    other = padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:]
-    return down, across, one, other
 
 
 class Step(NamedTuple):
@@ -290,8 +278,8 @@ class Grams(nn.Module):
         return moments
 
 
-class Objective(nn.Module):
-    """The graph `objective`: pictures, what they are compared with, and weights to losses."""
+class Comparison(nn.Module):
+    """What `Objective` and `Closure` have in common: pictures compared with a content and a style."""
 
     content_layers: list[str]
     style_layers: list[str]
@@ -301,6 +289,33 @@ class Objective(nn.Module):
         self.ladder = ladder
         self.content_layers = list(content_layers)
         self.style_layers = list(style_layers)
+
+    def differences(self, features: dict[str, Tensor], content: dict[str, Tensor]) -> list[Tensor]:
+        """Return features less the content's, (N, C, h, w) for each content layer."""
+        return [features[layer] - content[layer] for layer in self.content_layers]
+
+    def errors(self, features: dict[str, Tensor], style: dict[str, Tensor]) -> list[Tensor]:
+        """Return the features' Gram matrices less the style's, (N, C, C) for each style layer."""
+        return [gram_matrices(features[layer]) - style[layer] for layer in self.style_layers]
+
+    def losses(
+        self,
+        differences: list[Tensor],
+        errors: list[Tensor],
+        pixels: list[Tensor],
+        content_weights: Tensor,
+        style_weights: Tensor,
+        tv_weight: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `Objective.forward` does; `pixels` are the pictures' `neighbours`."""
+        content = torch.stack([squares(difference) for difference in differences], dim=1)
+        style = torch.stack([squares(error.unsqueeze(1)) for error in errors], dim=1)
+        tv = variation(pixels)
+        return content @ content_weights + style @ style_weights + tv_weight * tv, content, style, tv
+
+
+class Objective(Comparison):
+    """The graph `objective`: pictures, what they are compared with, and weights to losses."""
 
     def forward(
         self,
@@ -322,24 +337,12 @@ class Objective(nn.Module):
             tv_weight: a scalar.
         """
         features = self.ladder(image)
-        content_losses = [squares(features[layer] - content[layer]) for layer in self.content_layers]
-        style_losses = [
-            squares((gram_matrices(features[layer]) - style[layer]).unsqueeze(1)) for layer in self.style_layers
-        ]
-        return summed(image, content_losses, style_losses, content_weights, style_weights, tv_weight)
+        differences, errors = self.differences(features, content), self.errors(features, style)
+        return self.losses(differences, errors, neighbours(image), content_weights, style_weights, tv_weight)
 
 
-class Closure(nn.Module):
+class Closure(Comparison):
     """The graph `closure`: what `Objective` is given, to its losses and the gradient of each picture's total to it."""
-
-    content_layers: list[str]
-    style_layers: list[str]
-
-    def __init__(self, ladder: Ladder, content_layers: Sequence[str], style_layers: Sequence[str]) -> None:
-        super().__init__()
-        self.ladder = ladder
-        self.content_layers = list(content_layers)
-        self.style_layers = list(style_layers)
 
     def forward(
         self,
@@ -353,20 +356,16 @@ class Closure(nn.Module):
         """Return what `Objective.forward` does, of the same arguments, and the gradient (N, 3, H, W)."""
         steps = self.ladder.climb(image)
         features = self.ladder.by_layer(steps)
+        differences, errors = self.differences(features, content), self.errors(features, style)
+        pixels = neighbours(image)
         slopes: dict[str, Tensor] = {}
-        content_losses: list[Tensor] = []
-        style_losses: list[Tensor] = []
         for number, layer in enumerate(self.style_layers):
-            error = gram_matrices(features[layer]) - style[layer]
-            style_losses.append(squares(error.unsqueeze(1)))
-            slopes[layer] = gram_slope(error, features[layer]) * style_weights[number]
+            slopes[layer] = gram_slope(errors[number], features[layer]) * style_weights[number]
         for number, layer in enumerate(self.content_layers):
-            difference = features[layer] - content[layer]
-            content_losses.append(squares(difference))
-            slope = squares_slope(difference) * content_weights[number]
+            slope = squares_slope(differences[number]) * content_weights[number]
             slopes[layer] = slopes[layer] + slope if layer in slopes else slope
-        total, content_loss, style_loss, tv = summed(
-            image, content_losses, style_losses, content_weights, style_weights, tv_weight
+        gradient = self.ladder.descend(steps, slopes) + tv_weight * variation_slope(pixels)
+        total, content_loss, style_loss, tv = self.losses(
+            differences, errors, pixels, content_weights, style_weights, tv_weight
         )
-        gradient = self.ladder.descend(steps, slopes) + tv_weight * variation_slope(image)
         return total, content_loss, style_loss, tv, gradient

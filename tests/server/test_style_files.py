@@ -9,7 +9,9 @@ import io
 import json
 import pickle
 import random
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+import safetensors.numpy
 import torch
 
 from nst.v1 import (
@@ -29,7 +32,7 @@ from nst.v1 import (
     style_service_pb2,
     style_transfer_service_pb2,
 )
-from nst_model import StyleFile, read_description
+from nst_model import StyleFile, artifact, read_description
 from tests.conftest import picture_bytes
 from tests.server.conftest import Caller, opened, read_until, watched
 from tests.server.test_exports import whole
@@ -71,6 +74,14 @@ def changed(data: bytes, alter: Callable[[Any], object] | None = None, **card: A
     if alter is not None:
         alter(style.moments)
     return replace(style, card=replace(style.card, **card)).to_bytes()
+
+
+def resealed(data: bytes, **said: Any) -> bytes:
+    """Return a style file whose description says something else, its digest being right."""
+    tensors = safetensors.numpy.load(data)
+    described = {name: value for name, value in read_description(data).items() if name != "content_sha256"}
+    kept = {name: artifact.Fp32(tensor.shape, tensor.tobytes()) for name, tensor in tensors.items()}
+    return artifact.sealed_safetensors(kept, described | said)
 
 
 # There and back
@@ -131,8 +142,8 @@ async def test_a_style_file_says_what_it_is(file: bytes, tiny_weights_file: Path
 
 async def test_an_imported_style_tells_what_it_is_for(caller: Caller, file: bytes) -> None:
     """In `file` and in `prepared`; it has no images, and the name in the file unless another is given."""
-    style = await importing(caller, file, "told")
-    assert (style.name, style.display_name, len(style.images)) == ("styles/told", "A travelling style", 0)
+    style = await importing(caller, file, "file-told")
+    assert (style.name, style.display_name, len(style.images)) == ("styles/file-told", "A travelling style", 0)
     assert style.HasField("create_time")
     about = style.file
     assert (about.sha256, about.total_bytes) == (hashlib.sha256(file).hexdigest(), len(file))
@@ -149,26 +160,26 @@ async def test_an_imported_style_tells_what_it_is_for(caller: Caller, file: byte
     assert [(grams.model, grams.size_px, list(grams.layers)) for grams in style.prepared] == [
         ("models/vgg16", size_px, list(about.layers)) for size_px in about.sizes_px
     ]
-    assert await get(caller, "told") == style
+    assert await get(caller, "file-told") == style
     listed = await caller.styles.ListStyles(style_service_pb2.ListStylesRequest())
     assert style in list(listed.styles)
-    assert (await importing(caller, file, "renamed", "Another name")).display_name == "Another name"
+    assert (await importing(caller, file, "file-renamed", "Another name")).display_name == "Another name"
 
 
 async def test_importing_again_gives_the_same_style(caller: Caller, file: bytes) -> None:
     """Under the same id, or under none; an id stands for one style, whether it has images or was imported."""
-    first = await importing(caller, file, "again")
-    assert await importing(caller, file, "again") == first
+    first = await importing(caller, file, "file-again")
+    assert await importing(caller, file, "file-again") == first
     nameless = [await importing(caller, file) for _ in range(2)]
     assert nameless[0] == nameless[1]
 
     other = changed(file, display_name="Another")
-    await create(caller, "with-images", picture_bytes(32, 32))
+    await create(caller, "file-with-images", picture_bytes(32, 32))
     for call in (
-        importing(caller, other, "again"),
-        importing(caller, file, "again", "Another name"),
-        importing(caller, file, "with-images"),
-        caller.styles.CreateStyle(creation("again", picture_bytes(32, 32))),
+        importing(caller, other, "file-again"),
+        importing(caller, file, "file-again", "Another name"),
+        importing(caller, file, "file-with-images"),
+        caller.styles.CreateStyle(creation("file-again", picture_bytes(32, 32))),
     ):
         refusal = await caller.refusal(call)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
@@ -176,19 +187,19 @@ async def test_importing_again_gives_the_same_style(caller: Caller, file: bytes)
 
 async def test_an_imported_style_is_exported_as_it_came(caller: Caller, file: bytes) -> None:
     """The same bytes, from any offset; refused if it does not serve what is named."""
-    await importing(caller, file, "back")
-    assert await exported(caller, "back") == file
-    nothing_named = style_service_pb2.ExportStyleRequest(name="back", options={})
+    await importing(caller, file, "file-back")
+    assert await exported(caller, "file-back") == file
+    nothing_named = style_service_pb2.ExportStyleRequest(name="file-back", options={})
     assert whole([part async for part in caller.styles.ExportStyle(nothing_named)]) == file
-    assert await exported(caller, "styles/back", model="models/vgg16", **OPTIONS) == file
-    request = style_service_pb2.ExportStyleRequest(name="back", offset=100)
+    assert await exported(caller, "styles/file-back", model="models/vgg16", **OPTIONS) == file
+    request = style_service_pb2.ExportStyleRequest(name="file-back", offset=100)
     assert whole([part async for part in caller.styles.ExportStyle(request)], file[:100]) == file
     for fields, field in (
         ({"model": "vgg19"}, "model"),
         ({"size_px": 64}, "options.size_px"),
         ({**OPTIONS, "pooling": "POOLING_L2"}, "options.pooling"),
     ):
-        refusal = await caller.refusal(exported(caller, "back", **fields))
+        refusal = await caller.refusal(exported(caller, "file-back", **fields))
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
@@ -197,12 +208,12 @@ async def test_an_imported_style_is_exported_as_it_came(caller: Caller, file: by
 
 async def test_mixed_with_other_styles(caller: Caller, file: bytes, painting: bytes, ask: Ask) -> None:
     """By weight, in a region, and beside images; a weight of 0 leaves it out."""
-    await importing(caller, file, "mixed")
+    await importing(caller, file, "file-mixed")
     mask = picture_bytes(96, 64, seed=5, mode="L")
     for styles in (
-        [{"style": "mixed", "weight": 2}, {"image": {"data": painting}}],
-        [{"style": "mixed", "region": {"data": mask}}, {"image": {"data": painting}}],
-        [{"style": "mixed", "weight": 0}, {"image": {"data": painting}}],
+        [{"style": "file-mixed", "weight": 2}, {"image": {"data": painting}}],
+        [{"style": "file-mixed", "region": {"data": mask}}, {"image": {"data": painting}}],
+        [{"style": "file-mixed", "weight": 0}, {"image": {"data": painting}}],
     ):
         told = await caller.told(ask(styles=styles, **OPTIONS))
         assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED, told.job.error
@@ -232,16 +243,16 @@ async def test_what_it_cannot_serve_is_refused_at_once(
     caller: Caller, file: bytes, ask: Ask, options: dict[str, Any], field: str, has: str
 ) -> None:
     """INVALID_ARGUMENT before anything is queued, naming the option and what the file has."""
-    await importing(caller, file, "limited")
-    refusal = await caller.refusal(ask(styles=[{"style": "limited"}], **(OPTIONS | options)))
+    await importing(caller, file, "file-limited")
+    refusal = await caller.refusal(ask(styles=[{"style": "file-limited"}], **(OPTIONS | options)))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
     assert has in refusal.message
 
 
 async def test_it_has_no_image_to_take_a_part_of(caller: Caller, file: bytes, ask: Ask) -> None:
     """A `style_region` is refused, naming it."""
-    await importing(caller, file, "whole")
-    style = {"style": "whole", "style_region": {"data": picture_bytes(64, 80)}}
+    await importing(caller, file, "file-whole")
+    style = {"style": "file-whole", "style_region": {"data": picture_bytes(64, 80)}}
     refusal = await caller.refusal(ask(styles=[style], **OPTIONS))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "styles[0].style_region")
 
@@ -249,8 +260,8 @@ async def test_it_has_no_image_to_take_a_part_of(caller: Caller, file: bytes, as
 async def test_other_weights_of_the_same_model_are_refused(caller: Caller, file: bytes, ask: Ask) -> None:
     """Moments of one network are nonsense for another, whatever both are called."""
     other = changed(file, weights_sha256="ab" * 32)
-    await importing(caller, other, "foreign")
-    refusal = await caller.refusal(ask(styles=[{"style": "foreign"}], **OPTIONS))
+    await importing(caller, other, "file-foreign")
+    refusal = await caller.refusal(ask(styles=[{"style": "file-foreign"}], **OPTIONS))
     assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "model")
     assert "ab" * 32 in refusal.message
 
@@ -318,20 +329,20 @@ async def test_jobs_with_it_survive_a_restart(serve: Serve, file: bytes, ask: As
 
 async def test_a_result_names_the_file(caller: Caller, file: bytes, ask: Ask) -> None:
     """Its parameters have the style's name and the SHA-256 of the style file."""
-    await importing(caller, file, "named")
-    told = await caller.told(ask(styles=[{"style": "named"}], **OPTIONS))
+    await importing(caller, file, "file-named")
+    told = await caller.told(ask(styles=[{"style": "file-named"}], **OPTIONS))
     parameters = json.loads(opened(told.result).getexif()[0x010E])
     sha256 = hashlib.sha256(file).hexdigest()
-    assert parameters["styles"] == [{"sha256": [sha256], "weight": 1.0, "name": "styles/named"}]
+    assert parameters["styles"] == [{"sha256": [sha256], "weight": 1.0, "name": "styles/file-named"}]
 
 
 async def test_the_same_request_is_the_same_job(caller: Caller, file: bytes, ask: Ask) -> None:
     """Idempotence holds for imported styles, too; another style under the same `request_id` is another request."""
-    await importing(caller, file, "idempotent")
+    await importing(caller, file, "file-idempotent")
     other = changed(file, display_name="Other")
-    await importing(caller, other, "different")
+    await importing(caller, other, "file-different")
     first, second, third = (
-        ask(styles=[{"style": style}], **OPTIONS) for style in ("idempotent", "idempotent", "different")
+        ask(styles=[{"style": style}], **OPTIONS) for style in ("file-idempotent", "file-idempotent", "file-different")
     )
     names = []
     for request in (first, second):
@@ -347,8 +358,8 @@ async def test_the_same_request_is_the_same_job(caller: Caller, file: bytes, ask
 
 async def test_the_file_that_a_job_holds_is_no_image(caller: Caller, file: bytes, ask: Ask) -> None:
     """It is kept with the job, and cannot be had or used as an image."""
-    await importing(caller, file, "held")
-    await caller.told(ask(styles=[{"style": "held"}], **OPTIONS))
+    await importing(caller, file, "file-held")
+    await caller.told(ask(styles=[{"style": "file-held"}], **OPTIONS))
     name = f"images/{hashlib.sha256(file).hexdigest()}"
     stub = image_service_pb2_grpc.ImageServiceStub(caller.channel)
     refusal = await caller.refusal(stub.GetImage(image_service_pb2.GetImageRequest(name=name)))
@@ -373,6 +384,7 @@ def bad_files(data: bytes) -> dict[str, bytes]:
         "a pickle": pickle.dumps({"relu1_1": [1.0]}),
         "a zip": b"PK\x03\x04" + bytes(100),
         "a zip bomb": zip_bomb(),
+        "a zip of overlapping members": overlapping_zip(),
         "a huge header": (2**62).to_bytes(8, "little") + b'{"__metadata__":{}}',
         "a deep header": (200_000).to_bytes(8, "little") + b"{" + b'"a":{' * 39_999 + b" " * 4,
         "half": data[: len(data) // 2],
@@ -384,8 +396,21 @@ def bad_files(data: bytes) -> dict[str, bytes]:
         "not a number": nan,
         "a layer less": changed(data, lambda moments: moments[68].pop("relu2_1")),
         "a matrix of another shape": changed(data, lambda m: m[48]["relu1_1"].update(mean=torch.zeros(3))),
-        "an unknown model": data.replace(b'model\\":\\"vgg16', b'model\\":\\"vgg17'),
+        "an unknown model": resealed(data, model="vgg17"),
     }
+
+
+WORDS = {
+    "a pickle": "never loaded",
+    "a zip bomb": "larger than the file",
+    "a zip of overlapping members": "larger than the file",
+    "half": "truncated",
+    "an altered moment": "altered",
+    "another version": "version 2",
+    "not a number": "relu1_1 at 48 px are not finite",
+    "an unknown model": "vgg17",
+}
+"""What the refusal of some bad files says."""
 
 
 def zip_bomb() -> bytes:
@@ -396,6 +421,20 @@ def zip_bomb() -> bytes:
     return buffer.getvalue()
 
 
+def overlapping_zip(members: int = 40) -> bytes:
+    """Return an archive in which each member contains all that come after it, without any compression."""
+    body, central, offsets = bytes(1000), b"", []
+    for number in reversed(range(members)):
+        name = f"archive/{number:03}".encode()
+        fixed = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, zlib.crc32(body), len(body), len(body), len(name), 0)
+        body = b"PK\x03\x04" + fixed + name + body
+        offsets.append((len(body), fixed, name))
+    for length, fixed, name in offsets:
+        central += b"PK\x01\x02" + struct.pack("<H", 20) + fixed + struct.pack("<HHHII", 0, 0, 0, 0, len(body) - length)
+        central += name
+    return body + central + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, members, members, len(central), len(body), 0)
+
+
 async def test_bad_files_are_refused(caller: Caller, file: bytes, tmp_path: Path) -> None:
     """INVALID_ARGUMENT naming `data`, whatever is wrong with it; nothing is stored."""
     bad = bad_files(file)
@@ -403,8 +442,8 @@ async def test_bad_files_are_refused(caller: Caller, file: bytes, tmp_path: Path
     for what, data in bad.items():
         refusal = await caller.refusal(importing(caller, data, "bad"))
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "data"), (what, refusal)
-        if what == "a pickle":
-            assert "never loaded" in refusal.message
+        if what in WORDS:
+            assert WORDS[what] in refusal.message
     assert (await caller.refusal(get(caller, "bad"))).code == grpc.StatusCode.NOT_FOUND
 
 
@@ -462,8 +501,8 @@ async def test_bad_fields_are_refused(caller: Caller, file: bytes) -> None:
 )
 async def test_bad_exports_are_refused(caller: Caller, fields: dict[str, Any], code: str, field: str | None) -> None:
     """Each field; a style that would be too thin to be seen by the model is named, too."""
-    await create(caller, "exportable", picture_bytes(64, 24, seed=3))
-    refusal = await caller.refusal(exported(caller, "exportable", **{"size_px": 64, **fields}))
+    await create(caller, "file-exportable", picture_bytes(64, 24, seed=3))
+    refusal = await caller.refusal(exported(caller, "file-exportable", **{"size_px": 64, **fields}))
     assert (refusal.code.name, refusal.field) == (code, field)
 
 

@@ -75,7 +75,9 @@ test('a static server is enough for WebAssembly to have threads', async () => {
 test('a run can be stopped at any time, and leaves its picture', async () => {
   await start(400);
   await reached(1);
-  await page.click('#stop');
+  const worker = page.workers().find((each) => each.url().endsWith('/worker.mjs'));
+  assert.ok(worker, 'it is computed in a worker');
+  await Promise.all([worker.waitForEvent('close'), page.click('#stop')]);
   assert.equal(await page.textContent('#status'), 'Stopped.');
   assert.ok(await page.isVisible('#download'));
   assert.ok(await page.isEnabled('#start'));
@@ -85,6 +87,7 @@ test('files that are no model are named at once', async () => {
   await page.setInputFiles('#models', PHOTO);
   await page.waitForSelector('#error:not([hidden])');
   assert.match(String(await page.textContent('#error')), /^photo\.png is not an ONNX file/);
+  assert.equal(await page.textContent('#models-name'), 'Choose the files of a model', 'they are not kept');
   await page.setInputFiles('#models', modelPath('grams'));
   await page.waitForFunction(() => document.getElementById('error')?.textContent?.includes('missing'));
   assert.match(String(await page.textContent('#error')), /missing: features, closure/);
