@@ -27,14 +27,7 @@ from nst_model.cache import cached_file, published_sha256
 from nst_model.memory import largest_size_px, peak_bytes
 from nst_model.options import bounds_of, plain, steered
 from nst_server import images
-from nst_server.errors import (
-    InvalidField,
-    JobEnded,
-    ModelNotFetched,
-    Moved,
-    NotFound,
-    RequestError,
-)
+from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
 from nst_server.frames import PreviewSpec
 from nst_server.gram_cache import GramCache
 from nst_server.images import Encoding, ImageFormat
