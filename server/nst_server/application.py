@@ -40,14 +40,7 @@ from nst_model.options import bounds_of, plain, relative, steered
 from nst_model.scales import scaled_edge, scales
 from nst_model.style_card import STYLE_SUFFIX
 from nst_server import images, style_files
-from nst_server.errors import (
-    InvalidField,
-    JobEnded,
-    ModelNotFetched,
-    Moved,
-    NotFound,
-    RequestError,
-)
+from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
 from nst_server.exports import ExportedFile, ExportOrder, Exports
 from nst_server.frames import PreviewSpec
 from nst_server.gram_cache import GramCache

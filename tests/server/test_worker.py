@@ -188,6 +188,7 @@ async def test_a_job_that_kills_its_workers_fails_alone(
     assert time.monotonic() - began < 2, "a server does not wait for a worker that nobody needs any more"
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("order", ["cancel", "delete"])
 async def test_a_worker_that_hangs_is_killed_when_its_job_is_to_end(
     serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch, order: str
@@ -208,6 +209,7 @@ async def test_a_worker_that_hangs_is_killed_when_its_job_is_to_end(
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
+@pytest.mark.timeout(60)
 async def test_a_job_whose_worker_hangs_can_be_paused_and_finished(
     serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
