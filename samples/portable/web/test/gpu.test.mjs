@@ -43,9 +43,9 @@ async function compared(url) {
   let seed = 1;
   const random = (/** @type {number} */ length) =>
     Float32Array.from({ length }, () => (seed = (seed * 16807) % 2147483647) / 2147483647);
-  const [width, height] = [39, 34];
+  const [width, height] = [19, 17];
   const picture = { width, height, data: random(3 * width * height) };
-  const content = random(128 * 19 * 17);
+  const content = random(128 * 9 * 8);
   const style = { relu1_1: random(64 * 64), relu2_1: random(128 * 128) };
   const evaluated = async (/** @type {'wasm' | 'webgpu'} */ device) => {
     const ort = await runtimeOf(device);
@@ -53,7 +53,7 @@ async function compared(url) {
       executionProviders: [device],
     });
     const targets = {
-      'content.relu2_1': new ort.Tensor('float32', content, [1, 128, 17, 19]),
+      'content.relu2_1': new ort.Tensor('float32', content, [1, 128, 8, 9]),
       'style.relu1_1': new ort.Tensor('float32', style.relu1_1, [64, 64]),
       'style.relu2_1': new ort.Tensor('float32', style.relu2_1, [128, 128]),
     };
