@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ import skimage
 import torch
 from PIL import Image
 
-from nst_model import DEFAULT_MODEL, fetch, load_weights
+from nst_model import DEFAULT_MODEL, load_weights
 from nst_model.export_spec import ExportFormat, ExportGraph, ExportSpec
 from nst_model.exports import export, write_artifact
 from nst_model.options import Padding, Pooling
@@ -27,37 +25,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "samples" / "portable"
 TORCH = Path(torch.__file__).parent
 SIZE_PX = 128
-
-
-PAINTING: Any = {"pooling": Pooling.AVERAGE, "padding": Padding.MIRROR}
-"""What samples/portable/README.md exports the graphs with."""
-SHALLOW = ("--content-layer=relu2_1", "--style-layer=relu1_1", "--style-layer=relu2_1", "--padding=mirror")
-"""A closure that a CPU can evaluate when it plays the GPU."""
-
-
-class Workshop:
-    """Files in the making: a process for each, all at once.
-
-    Args:
-        commands: by the name of the file that each makes.
-    """
-
-    def __init__(self, commands: Mapping[str, Sequence[str]]) -> None:
-        self._processes = {
-            name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for name, command in commands.items()
-        }
-
-    def wait_for(self, name: str) -> None:
-        """Wait until a file is made. Fails with what its maker said if it is not."""
-        said, _ = self._processes[name].communicate()
-        assert self._processes[name].returncode == 0, said
-
-    def close(self) -> None:
-        """End what nobody waited for."""
-        for process in self._processes.values():
-            with process:  # waits, and closes its pipe
-                process.kill()
 
 
 def build_command(program: Path) -> list[str]:
@@ -71,64 +38,45 @@ def build_command(program: Path) -> list[str]:
     ]
 
 
-def export_command(path: Path, *options: str) -> list[str]:
-    """Return the command of samples/portable/README.md for the closure, whose making takes longest."""
-    return [sys.executable, "-m", "nst_model", "export", "--graph=closure", "--format=onnx", "-o", str(path), *options]
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[str] | None]]:
+    """The C++ program and the g++ that is making it, None if there is no g++."""
+    program = tmp_path_factory.mktemp("cpp") / "stylize"
+    if shutil.which("g++") is None:
+        yield program, None
+        return
+    with subprocess.Popen(build_command(program), stderr=subprocess.PIPE, text=True) as process:
+        yield program, process
+        process.kill()
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where everything is made."""
-    return tmp_path_factory.mktemp("portable")
+def program(compiler: tuple[Path, subprocess.Popen[str] | None]) -> Path:
+    """The C++ program, built."""
+    path, process = compiler
+    assert process, "g++ is missing; install it: apt-get update && apt-get install -y g++"
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return path
 
 
 @pytest.fixture(scope="session")
-def workshop(folder: Path) -> Iterator[Workshop]:
-    """The makers of the C++ program and of the closures, at work."""
-    (folder / "models").mkdir()
-    commands = {"stylize": build_command(folder / "stylize")} if shutil.which("g++") else {}
-    commands["closure.onnx"] = export_command(
-        folder / "models" / "closure.onnx", "--pooling=average", "--padding=mirror"
-    )
-    commands["shallow.onnx"] = export_command(folder / "shallow.onnx", *SHALLOW)
-    with user_cache():
-        fetch(DEFAULT_MODEL)  # once, and not in each of the processes
-        workshop = Workshop(commands)
-    yield workshop
-    workshop.close()
-
-
-@pytest.fixture(scope="session")
-def program(workshop: Workshop, folder: Path) -> Path:
-    """The C++ program."""
-    assert shutil.which("g++"), "g++ is missing; install it: apt-get update && apt-get install -y g++"
-    workshop.wait_for("stylize")
-    return folder / "stylize"
-
-
-@pytest.fixture(scope="session")
-def models(workshop: Workshop, folder: Path) -> Path:
-    """A folder with the three graphs of the default model, as ONNX and as TorchScript."""
+def models(compiler: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three graphs of the default model as ONNX and TorchScript; made while the compiler works."""
+    folder = tmp_path_factory.mktemp("models")
     with user_cache():
         weights = load_weights(DEFAULT_MODEL)
-    wanted = {
-        "features.onnx": ExportSpec(graph=ExportGraph.FEATURES, layers=("relu4_2",), **PAINTING),
-        "grams.onnx": ExportSpec(graph=ExportGraph.GRAMS, **PAINTING),
-        "features.pt": ExportSpec(graph=ExportGraph.FEATURES, format=ExportFormat.TORCHSCRIPT, **PAINTING),
-        "grams.pt": ExportSpec(graph=ExportGraph.GRAMS, format=ExportFormat.TORCHSCRIPT, **PAINTING),
-        "closure.pt": ExportSpec(graph=ExportGraph.CLOSURE, format=ExportFormat.TORCHSCRIPT, **PAINTING),
-    }
-    for name, spec in wanted.items():
-        write_artifact(export(weights, spec), folder / "models" / name)
-    workshop.wait_for("closure.onnx")
-    return folder / "models"
-
-
-@pytest.fixture(scope="session")
-def shallow_closure(workshop: Workshop, folder: Path) -> Path:
-    """A closure up to relu2_1, with max pooling, as ONNX."""
-    workshop.wait_for("shallow.onnx")
-    return folder / "shallow.onnx"
+    for graph in (ExportGraph.FEATURES, ExportGraph.GRAMS, ExportGraph.CLOSURE):
+        for format in (ExportFormat.ONNX, ExportFormat.TORCHSCRIPT):
+            spec = ExportSpec(
+                graph=graph,
+                format=format,
+                layers=("relu4_2",) if graph is ExportGraph.FEATURES else (),
+                pooling=Pooling.AVERAGE,
+                padding=Padding.MIRROR,
+            )
+            write_artifact(export(weights, spec), folder / f"{graph}{format.suffix}")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,6 @@ def inputs(
     chromium: str,
     models: Path,
     pictures: Path,
-    shallow_closure: Path,
     expected: tuple[float, np.ndarray],
     tmp_path: Path,
 ) -> dict[str, str]:
@@ -52,7 +51,6 @@ def inputs(
         "NST_TEST_MODELS": models,
         "NST_TEST_PICTURES": pictures,
         "NST_TEST_EXPECTED": tmp_path,
-        "NST_TEST_SHALLOW": shallow_closure,
     }
     return os.environ | {name: str(value) for name, value in given.items()}
 
