@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nst_model.preparation import prepare_style
     from nst_model.style_file import StyleFile
     from nst_model.stylization import FeatureModel, KeptStyle, Style, from_pixels, stylize, to_pixels
+    from nst_model.torchscript import script
     from nst_model.weights import FeatureWeights, fetch, load_weights
 
 from nst_model.artifact import read_description
@@ -59,6 +60,7 @@ _LAZY = {
     "load_graph": "exports",
     "write_artifact": "exports",
     "prepare_style": "preparation",
+    "script": "torchscript",
     "StyleFile": "style_file",
     "KeptStyle": "stylization",
     "FeatureModel": "stylization",
@@ -123,6 +125,7 @@ __all__ = [
     "read_description",
     "resolve_device",
     "resolve_precision",
+    "script",
     "stylize",
     "to_pixels",
     "write_artifact",

@@ -98,10 +98,11 @@ def export_model(
         pooling=pooling,
         padding=padding,
     )
+    file = output or Path(spec.file_name)
+    _check_folder(file)
     from nst_model.exports import export, write_artifact  # noqa: PLC0415
     from nst_model.weights import load_weights  # noqa: PLC0415
 
-    file = output or Path(spec.file_name)
     write_artifact(export(load_weights(model), spec), file)
     print(file)
 
@@ -135,6 +136,7 @@ def style(
     weights_given = weight or [1.0] * len(images)
     if len(weights_given) != len(images):
         raise InvalidOption("weight", f"must be given for each image or for none, not {len(weight)} for {len(images)}")
+    _check_folder(output)
     from nst_model.exports import write_artifact  # noqa: PLC0415
     from nst_model.pictures import read_picture  # noqa: PLC0415
     from nst_model.preparation import prepare_style  # noqa: PLC0415
@@ -155,6 +157,12 @@ def style(
 def inspect(file: Annotated[Path, typer.Argument(help="An exported model or a style file.")]) -> None:
     """Check a file and print what it says of itself."""
     print(json.dumps(read_description(file), indent=2, ensure_ascii=False))
+
+
+def _check_folder(file: Path) -> None:
+    """Say at once that a file cannot be written, and not after half a minute of work."""
+    if not file.absolute().parent.is_dir():
+        raise InvalidOption("output:", f"there is no folder {str(file.parent)!r}")
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ _SEAL = re.compile(rb'"content_sha256":"([0-9a-f]{64})"')
 _USE_PICKLE = re.compile(rb'"use_pickle":\s*true')
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _FOREIGN = "the file is no artifact of this project"
+_TRUNCATED = "the file is truncated, or no artifact of this project"
 
 
 class Fp32(NamedTuple):
@@ -163,28 +164,46 @@ def _parts(data: bytes) -> _Parts:
 
 
 def _archive_parts(data: bytes) -> _Parts:
+    """Take apart an archive as `sealed_archive` lays it out: member upon member, directory, end, and nothing between.
+
+    So no two readers can find different members in it, and nothing is read that was not asked for.
+    """
     members: dict[str, bytes] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > len(
-                data
-            ):  # they overlap, and would fill the memory
-                raise InvalidArtifact(f"{_FOREIGN}: its members together are larger than the file")
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED or not entry.filename.startswith("archive/"):
-                    raise InvalidArtifact(f"{_FOREIGN}: {entry.filename} in it is compressed, or not in archive/")
-                name = entry.filename.removeprefix("archive/")
-                if name in members:
-                    raise InvalidArtifact(f"the file was altered: {name} is in it twice")
-                members[name] = archive.read(entry)
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, InvalidArtifact):
-            raise
-        raise InvalidArtifact(f"the file is truncated or damaged: {error}") from None
-    if (description := members.pop(EXTRA, None)) is None:
+    directory: list[tuple[int, ...]] = []
+    position = 0
+    while data.startswith(b"PK\x03\x04", position):
+        flags, method, crc, size, whole, name_size, extra_size = _unpacked("<6x2H4x3I2H", data, position)
+        start = position + 30 + name_size + extra_size
+        name = data[position + 30 : position + 30 + name_size].decode(errors="replace")
+        if method or flags or size != whole or not name.startswith("archive/") or name in members:
+            raise InvalidArtifact(f"{_FOREIGN}: {name!r} in it is compressed, twice there, or not in archive/")
+        if start + size > len(data):
+            raise InvalidArtifact(_TRUNCATED)
+        members[name] = data[start : start + size]
+        directory.append((flags, method, crc, size, whole, name_size, position))
+        position = start + size
+    begin = position
+    for name, entry in zip(members, directory, strict=True):
+        *found, extra_size, comment_size, offset = _unpacked("<8x2H4x3I3H8xI", data, position)
+        there = data[position : position + 4], data[position + 46 : position + 46 + len(name.encode())]
+        if (*found, offset) != entry or there != (b"PK\x01\x02", name.encode()):
+            raise InvalidArtifact(f"the file is damaged: its directory says something else of {name!r}")
+        position += 46 + entry[5] + extra_size + comment_size
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(members), len(members), position - begin, begin, 0)
+    if data[position:] != end:
+        raise InvalidArtifact("the file is truncated, or there is more behind its end")
+    content = {name.removeprefix("archive/"): member for name, member in members.items()}
+    if (description := content.pop(EXTRA, None)) is None:
         raise InvalidArtifact(f"{_FOREIGN}: it has no description")
-    _refuse_pickles(members)
-    return _Parts(_members(members), description)
+    _refuse_pickles(content)
+    return _Parts(_members(content), description)
+
+
+def _unpacked(layout: str, data: bytes, position: int) -> tuple[int, ...]:
+    try:
+        return struct.unpack_from(layout, data, position)
+    except struct.error:
+        raise InvalidArtifact(_TRUNCATED) from None
 
 
 def _refuse_pickles(members: Mapping[str, bytes]) -> None:
@@ -247,7 +266,7 @@ def _fields(data: bytes, position: int, end: int) -> Iterator[_Field]:
                 length, start = _varint(data, position, end)
                 position = start + length
                 if position > end:
-                    raise InvalidArtifact("the file is truncated, or no artifact of this project")
+                    raise InvalidArtifact(_TRUNCATED)
                 yield _Field(tag >> 3, begin, start, position)
             case _:
                 raise InvalidArtifact(_FOREIGN)
@@ -263,7 +282,7 @@ def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
         number |= (byte & 127) << shift
         if byte < 128:
             return number, position
-    raise InvalidArtifact("the file is truncated, or no artifact of this project")
+    raise InvalidArtifact(_TRUNCATED)
 
 
 def _field(number: int, content: bytes) -> bytes:

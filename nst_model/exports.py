@@ -45,6 +45,8 @@ def export(weights: FeatureWeights, spec: ExportSpec) -> bytes:
     assert weights.name == spec.model, (weights.name, spec.model)
     description = describe(weights, spec)
     module = graph_module(weights, spec)
+    if spec.precision is ExportPrecision.FP16:
+        traced.round_weights(module)
     if spec.format is ExportFormat.TORCHSCRIPT:
         return artifact.sealed_archive(torchscript.members(module), description)
     program = traced.program(module, example(weights, spec), _dynamic_shapes(spec))
@@ -138,7 +140,7 @@ def describe(weights: FeatureWeights, spec: ExportSpec) -> dict[str, Any]:
             "batch": "any",
         },
         "normalization": {
-            "mean": [round(value, 8) for value in weights.mean.tolist()],
+            "mean": [round(value, 7) for value in weights.mean.tolist()],
             "mean_activation": 1,
             "calibration": FORMAT,
         },

@@ -30,11 +30,17 @@ def folded(slope: Tensor) -> Tensor:
     return torch.cat((left, slope[:, :, :, 2:-2], right), 3)
 
 
-def gram_matrices(features: Tensor) -> Tensor:
-    """Return the Gram matrices of features (N, C, h, w): (N, C, C), divided by the number of positions."""
-    columns = features.flatten(2)
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (N, C) and the Gram matrix (N, C, C) of features (N, C, h, w), both over positions.
+
+    The Gram matrix by way of the covariance: sums of thousands of numbers that are nearly alike, as where a picture is
+    flat, are less exact by two digits, and otherwise so in each runtime.
+    """
+    mean = features.mean(dim=3).mean(dim=2)
+    columns = (features - mean[:, :, None, None]).flatten(2)
     # The number of positions stays an integer: a float would be baked into an exported graph.
-    return torch.bmm(columns, columns.transpose(1, 2)) / columns.shape[2]
+    covariance = torch.bmm(columns, columns.transpose(1, 2)) / columns.shape[2]
+    return mean, covariance + mean.unsqueeze(2) * mean.unsqueeze(1)
 
 
 def squares(x: Tensor) -> Tensor:
@@ -61,7 +67,8 @@ def pool(x: Tensor, pooling: str) -> Tensor:
     if pooling == "average":
         return F.avg_pool2d(x, 2)
     if pooling == "l2":
-        return (F.avg_pool2d(x.square(), 2) + 1e-12).sqrt()
+        # The root of the mean plus 1e-12, which ONNX's optimizer would take for nothing and leave out.
+        return (F.avg_pool2d(x.square(), 2) * 1e12 + 1).sqrt() * 1e-6
     return F.max_pool2d(x, 2)
 
 
@@ -271,11 +278,12 @@ class Grams(nn.Module):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return, of pictures (N, 3, H, W), `relu1_1.mean` (N, C) and `relu1_1.gram` (N, C, C) for each layer."""
         features = self.ladder(image)
-        moments: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for layer in self.layers:
-            moments[layer + ".mean"] = features[layer].mean(dim=3).mean(dim=2)
-            moments[layer + ".gram"] = gram_matrices(features[layer])
-        return moments
+            mean, gram = moments(features[layer])
+            found[layer + ".mean"] = mean
+            found[layer + ".gram"] = gram
+        return found
 
 
 class Comparison(nn.Module):
@@ -296,7 +304,7 @@ class Comparison(nn.Module):
 
     def errors(self, features: dict[str, Tensor], style: dict[str, Tensor]) -> list[Tensor]:
         """Return the features' Gram matrices less the style's, (N, C, C) for each style layer."""
-        return [gram_matrices(features[layer]) - style[layer] for layer in self.style_layers]
+        return [moments(features[layer])[1] - style[layer] for layer in self.style_layers]
 
     def losses(
         self,

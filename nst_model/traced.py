@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-
-if TYPE_CHECKING:
-    import onnx
 
 OPSET = 20
 """Version of ONNX's operators; onnxruntime has them since 1.17."""
@@ -79,19 +79,32 @@ def onnx_model(
     return model
 
 
-def halve_weights(model: onnx.ModelProto) -> None:
-    """Keep the convolutions' weights as fp16, and make fp32 of them again at the beginning of the graph."""
-    import onnx  # noqa: PLC0415
-    from onnx import numpy_helper  # noqa: PLC0415
+def round_weights(module: nn.Module) -> None:
+    """Make the kernels (…, 3, 3) of a module ones that fp16 can hold, each of which sums to what it did.
 
+    What rounds one entry off is given to the next: most of a picture is nearly flat at the scale of a kernel, which
+    there sees its own sum only. Losses of flat pictures are ten times nearer to the whole weights' than with each entry
+    rounded by itself.
+    """
+    for kernels in module.buffers():
+        if kernels.shape[2:] == (3, 3):
+            entries = kernels.flatten(2)
+            left = torch.zeros_like(entries[..., 0])
+            for place in range(9):
+                wanted = entries[..., place] + left
+                entries[..., place] = wanted.half().float()
+                left = wanted - entries[..., place]
+            kernels.copy_(entries.view_as(kernels))
+
+
+def halve_weights(model: onnx.ModelProto) -> None:
+    """Keep kernels, which are rounded, as fp16, and make fp32 of them again at the beginning of the graph."""
     casts = []
-    for number, tensor in enumerate(model.graph.initializer):
-        if len(tensor.dims) != 4 or tensor.data_type != onnx.TensorProto.FLOAT or tensor.dims[0] == 1:
-            continue
-        name = f"{tensor.name}.fp16"
-        half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), name)
-        casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], f"cast_{number}", to=onnx.TensorProto.FLOAT))
-        tensor.CopyFrom(half)
+    for tensor in model.graph.initializer:
+        if tensor.dims[2:] == [3, 3]:
+            name, halves = tensor.name, numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(halves, f"{name}.fp16"))
+            casts.append(helper.make_node("Cast", [tensor.name], [name], f"cast_{name}", to=TensorProto.FLOAT))
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])

@@ -71,12 +71,16 @@ def flat(batch: int, height: int, width: int) -> Tensor:
 
 
 def inputs_for(weights: FeatureWeights, spec: ExportSpec, image: Tensor) -> dict[str, Tensor]:
-    """Return all inputs of a graph for a picture, with a content and a style that have nothing to do with it."""
+    """Return all inputs of a graph for a picture, with a content and a style that are unlike it.
+
+    Were the style noise as bright as the picture, losses would be small differences of Gram matrices nearly alike.
+    """
     if spec.graph in (ExportGraph.FEATURES, ExportGraph.GRAMS):
         return {"image": image}
     trunk = build_trunk(weights, {*spec.content_layers, *spec.style_layers}, pooling=spec.pooling, padding=spec.padding)
     options = options_of(spec)
-    content, style = trunk(noise(*image.shape[::2], image.shape[3], seed=8)), trunk(noise(1, 50, 41, seed=9))
+    content = trunk(noise(*image.shape[::2], image.shape[3], seed=8))
+    style = trunk(noise(1, 50, 41, seed=9) * 0.3)
     shares = {"content": relative(options.content_layers), "style": relative(options.style_layers)}
     return {
         "image": image,

@@ -50,7 +50,9 @@ def test_closure_is_the_engines(
     for image in (noise(*size), flat(*size)):
         inputs = inputs_for(plain_weights, spec, image)
         with torch.no_grad():
-            found = dict(zip(("total", "content", "style", "variation", "gradient"), module(*positional(inputs))))
+            found = dict(
+                zip(("total", "content", "style", "variation", "gradient"), module(*positional(inputs)), strict=True)
+            )
         assert_alike(found, expected(plain_weights, spec, inputs), 1e-5)
 
 
@@ -104,8 +106,14 @@ def test_closure_is_the_textbooks(tiny_weights: FeatureWeights, tiny_textbook: T
 def test_what_is_equal_goes_to_the_first() -> None:
     """Max pooling's slope, bit for bit as torch has it: flat, in steps, falling, with odd edges."""
     steps = torch.arange(3 * 9 * 7).reshape(1, 3, 9, 7)
-    for x in (torch.ones(2, 3, 8, 6), (steps // 2).float(), (steps // 7).float(), -(steps % 5).float(), noise(1, 9, 7)):
-        x = x.requires_grad_(True)
+    for values in (
+        torch.ones(2, 3, 8, 6),
+        (steps // 2).float(),
+        (steps // 7).float(),
+        -(steps % 5).float(),
+        noise(1, 9, 7),
+    ):
+        x = values.requires_grad_(True)
         pooled = F.max_pool2d(x, 2)
         slope = noise(*pooled.shape[::2], pooled.shape[3])
         wanted = torch.autograd.grad(pooled, x, slope)[0]

@@ -79,7 +79,7 @@ def test_benchmark_prints_json(models: Path, pictures: Path) -> None:
     done = subprocess.run(command(*words), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert (figures["width"], figures["height"]) == (32 + 32, 21 + 32)
+    assert (figures["width"], figures["height"]) == (32 + 32, 16 + 32)
     assert figures["runtime"].startswith("onnxruntime ")
     assert 0 < figures["seconds"] < 60
 

@@ -167,7 +167,8 @@ class Objective {
 
   // At the edge of what a network sees its features mean something else, so some models want the picture continued.
   at::Tensor with_margin(const at::Tensor& picture) const {
-    return margin_ == 0 ? picture : at::reflection_pad2d(picture, {margin_, margin_, margin_, margin_});
+    if (margin_ == 0) return picture;
+    return picture.index_select(2, to_and_fro(picture.size(2))).index_select(3, to_and_fro(picture.size(3)));
   }
 
   at::Tensor without_margin(const at::Tensor& picture) const {
@@ -175,6 +176,13 @@ class Objective {
   }
 
  private:
+  // Returns the places of a mirrored row's pixels in it: to and fro, where the margin is wider than the row.
+  at::Tensor to_and_fro(std::int64_t length) const {
+    const auto period = 2 * length - 2;
+    const auto place = at::arange(-margin_, length + margin_, at::kLong).remainder(period);
+    return at::minimum(place, period - place);
+  }
+
   static at::Tensor shares(const std::vector<double>& weights, double whole) {
     const auto relative = torch::tensor(weights, at::kDouble);
     return (relative / relative.sum() * whole).to(at::kFloat);

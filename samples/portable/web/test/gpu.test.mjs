@@ -2,13 +2,13 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { chromium } from 'playwright-core';
 import { CHROMIUM_FLAGS, serve } from './browser.mjs';
-import { given } from './inputs.mjs';
+import { given, modelPath } from './inputs.mjs';
 
 // A GPU that the CPU computes, with the arithmetic of a real one.
 const SOFTWARE_GPU = ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-features=Vulkan'];
 
 test('WebGPU computes what WebAssembly does', async () => {
-  const { url, close } = await serve({ '/shallow.onnx': given('NST_TEST_SHALLOW') });
+  const { url, close } = await serve({ '/closure.onnx': modelPath('closure') });
   const args = [...CHROMIUM_FLAGS, ...SOFTWARE_GPU];
   const browser = await chromium.launch({ executablePath: given('NST_TEST_CHROMIUM'), args });
   try {
@@ -17,7 +17,7 @@ test('WebGPU computes what WebAssembly does', async () => {
     await page.waitForSelector('html[data-ready]');
     const options = await page.locator('#device option').allTextContents();
     assert.deepEqual(options, ['GPU', 'CPU']);
-    const { cpu, gpu } = await page.evaluate(compared, `${url}/shallow.onnx`);
+    const { cpu, gpu } = await page.evaluate(compared, `${url}/closure.onnx`);
     assert.ok(Math.abs(gpu.total / cpu.total - 1) < 1e-5, `${gpu.total} is not ${cpu.total}`);
     const distance = norm(gpu.gradient.map((value, i) => value - cpu.gradient[i])) / norm(cpu.gradient);
     assert.ok(distance < 1e-5, `the gradient is ${distance} off`);
@@ -39,24 +39,23 @@ async function compared(url) {
     ),
   );
   const bytes = new Uint8Array(await (await fetch(url)).arrayBuffer());
-  const description = await readDescription(bytes, 'shallow.onnx');
+  const description = await readDescription(bytes, 'closure.onnx');
   let seed = 1;
   const random = (/** @type {number} */ length) =>
     Float32Array.from({ length }, () => (seed = (seed * 16807) % 2147483647) / 2147483647);
-  const [width, height] = [39, 34];
-  const picture = { width, height, data: random(3 * width * height) };
-  const content = random(128 * 19 * 17);
-  const style = { relu1_1: random(64 * 64), relu2_1: random(128 * 128) };
+  const picture = { width: 18, height: 16, data: random(3 * 18 * 16) };
+  const content = random(512 * 2 * 2);
+  const grams = [64, 128, 256, 512, 512].map((channels) => [channels, random(channels * channels)]);
   const evaluated = async (/** @type {'wasm' | 'webgpu'} */ device) => {
     const ort = await runtimeOf(device);
-    const graphs = new Graphs(ort, new Map([['closure', { name: 'shallow.onnx', bytes, description }]]), {
+    const graphs = new Graphs(ort, new Map([['closure', { name: 'closure.onnx', bytes, description }]]), {
       executionProviders: [device],
     });
-    const targets = {
-      'content.relu2_1': new ort.Tensor('float32', content, [1, 128, 17, 19]),
-      'style.relu1_1': new ort.Tensor('float32', style.relu1_1, [64, 64]),
-      'style.relu2_1': new ort.Tensor('float32', style.relu2_1, [128, 128]),
-    };
+    /** @type {Record<string, unknown>} */
+    const targets = { 'content.relu4_2': new ort.Tensor('float32', content, [1, 512, 2, 2]) };
+    grams.forEach(([channels, gram], i) => {
+      targets[`style.relu${i + 1}_1`] = new ort.Tensor('float32', gram, [channels, channels]);
+    });
     const { total, gradient } = await graphs.evaluate(picture, targets, WEIGHTS);
     return { total: /** @type {number} */ (total), gradient: /** @type {number[]} */ ([...gradient]) };
   };

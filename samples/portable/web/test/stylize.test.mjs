@@ -21,12 +21,12 @@ test('loss and gradient are those that another runtime computes', async () => {
 test('a short run lowers the loss, and its last best iterate is the finished picture', async () => {
   const losses = [];
   let finished = scale.content;
-  for await (const { loss, best, picture } of stylize(graphs, { scales: [scale], iterations: 8 })) {
+  for await (const { loss, best, picture } of stylize(graphs, { scales: [scale], iterations: 6 })) {
     losses.push(loss);
     if (best) finished = picture;
   }
-  assert.equal(losses.length, 9);
-  assert.ok(losses[8] < losses[0] / 2, `${losses}`);
+  assert.equal(losses.length, 7);
+  assert.ok(losses[6] < losses[0] / 2, `${losses}`);
   assert.deepEqual([finished.width, finished.height], [scale.content.width, scale.content.height]);
   assert.notDeepEqual(finished.data, scale.content.data);
 });
