@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nst_model.descent import Iterate, StopReason
     from nst_model.devices import available_devices, resolve_device, resolve_precision
+    from nst_model.exports import export, load_graph, write_artifact
     from nst_model.losses import gram
-    from nst_model.objective import Losses, Objective, load_artifact, save_artifact, script
-    from nst_model.stylization import FeatureModel, Style, from_pixels, stylize, to_pixels
+    from nst_model.objective import Losses, Objective
+    from nst_model.preparation import prepare_style
+    from nst_model.style_file import StyleFile
+    from nst_model.stylization import FeatureModel, KeptStyle, Style, from_pixels, stylize, to_pixels
+    from nst_model.torchscript import script
     from nst_model.weights import FeatureWeights, fetch, load_weights
 
+from nst_model.artifact import read_description
 from nst_model.errors import (
     DeviceUnavailable,
+    InvalidArtifact,
     InvalidImage,
     InvalidOption,
     NstModelError,
@@ -26,6 +32,7 @@ from nst_model.errors import (
     WeightsCorrupt,
     WeightsUnavailable,
 )
+from nst_model.export_spec import ExportFormat, ExportGraph, ExportPrecision, ExportSpec
 from nst_model.models import CARDS, DEFAULT_MODEL, ModelCard, model_card
 from nst_model.options import (
     Color,
@@ -41,6 +48,7 @@ from nst_model.options import (
     StylizeOptions,
     TvNorm,
 )
+from nst_model.style_card import StyleCard, StyleSource
 
 _LAZY = {
     "available_devices": "devices",
@@ -49,9 +57,13 @@ _LAZY = {
     "Losses": "objective",
     "Objective": "objective",
     "gram": "losses",
-    "load_artifact": "objective",
-    "save_artifact": "objective",
-    "script": "objective",
+    "export": "exports",
+    "load_graph": "exports",
+    "write_artifact": "exports",
+    "prepare_style": "preparation",
+    "script": "torchscript",
+    "StyleFile": "style_file",
+    "KeptStyle": "stylization",
     "FeatureModel": "stylization",
     "Iterate": "descent",
     "StopReason": "descent",
@@ -71,12 +83,18 @@ __all__ = [
     "ContentLoss",
     "Curvature",
     "DeviceUnavailable",
+    "ExportFormat",
+    "ExportGraph",
+    "ExportPrecision",
+    "ExportSpec",
     "FeatureModel",
     "FeatureWeights",
     "Init",
+    "InvalidArtifact",
     "InvalidImage",
     "InvalidOption",
     "Iterate",
+    "KeptStyle",
     "Losses",
     "ModelCard",
     "NstModelError",
@@ -88,25 +106,31 @@ __all__ = [
     "Preset",
     "StopReason",
     "Style",
+    "StyleCard",
+    "StyleFile",
     "StyleLoss",
+    "StyleSource",
     "StylizeOptions",
     "TvNorm",
     "UnknownModel",
     "WeightsCorrupt",
     "WeightsUnavailable",
     "available_devices",
+    "export",
     "fetch",
     "from_pixels",
     "gram",
-    "load_artifact",
+    "load_graph",
     "load_weights",
     "model_card",
+    "prepare_style",
+    "read_description",
     "resolve_device",
     "resolve_precision",
-    "save_artifact",
     "script",
     "stylize",
     "to_pixels",
+    "write_artifact",
 ]
 
 

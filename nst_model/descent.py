@@ -176,6 +176,11 @@ class Descent:
         self.picture: Tensor | None = None
 
     @property
+    def iterations(self) -> int:
+        """Index of the last iterate, if nothing ends the run before."""
+        return sum(self._budgets)
+
+    @property
     def at_work(self) -> bool:
         """Whether a scale has begun and not yet ended."""
         return self._watch is not None
@@ -385,7 +390,7 @@ class Descent:
             return None
         total, content, variation, laplacian, *rest = values
         styles = dict(zip(self.closure.style_layers, rest[:-1], strict=True))
-        index, iterations, work = self._index, sum(self._budgets), self._work(self._index)
+        index, iterations, work = self._index, self.iterations, self._work(self._index)
         return Iterate(index, iterations, work, evaluation.x[0], total, content, variation, laplacian, styles)
 
 

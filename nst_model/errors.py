@@ -7,6 +7,7 @@ NstModelError
 ├── WeightsUnavailable     a known model whose weights are not on this machine and cannot be had
 ├── WeightsCorrupt         weights whose hash, keys or shapes are not what they must be
 ├── DamagedState           the kept state of a run that cannot be gone on from
+├── InvalidArtifact        a file that is no artifact of this project, or not the one that was written
 └── DeviceUnavailable      a device that this machine does not have
 """
 
@@ -48,6 +49,10 @@ class WeightsCorrupt(NstModelError, ValueError):
 
 class DamagedState(NstModelError, ValueError):
     """The kept state of a run is not what was written, or is another version's or another run's."""
+
+
+class InvalidArtifact(NstModelError, ValueError):
+    """A file is no artifact of this project, or is truncated, altered or of another version."""
 
 
 class DeviceUnavailable(NstModelError, RuntimeError):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nst_model.options import ContentLoss, StyleLoss
+from nst_model.options import MOMENTS, ContentLoss, StyleLoss
 
 Targets = Mapping[str, Tensor]
 """What is kept of one style at one layer: statistic's name → tensor."""
@@ -399,9 +399,6 @@ STYLE_LOSSES: Mapping[StyleLoss, Callable[[Targets], nn.Module]] = {
     StyleLoss.DIRECT: DirectLoss,
     StyleLoss.CROSS: CrossLoss,
 }
-
-MOMENTS = frozenset({StyleLoss.GRAM, StyleLoss.COVARIANCE, StyleLoss.MEAN_STD, StyleLoss.WASSERSTEIN})
-"""Losses whose targets are the mean and the Gram matrix."""
 
 
 def style_targets(features: Tensor, loss: StyleLoss, weights: Tensor | None = None) -> dict[str, Tensor]:

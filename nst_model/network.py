@@ -16,9 +16,6 @@ from torch.nn import functional as F
 from nst_model.options import Padding, Pooling, Precision
 from nst_model.weights import FeatureWeights
 
-MIN_EDGE_PX = 16
-"""Smallest edge whose features still have a position after four poolings."""
-
 
 def replicated(x: Tensor) -> Tensor:
     """Return x (N, C, H, W) with each edge repeated once outside. On a GPU `F.pad` has no repeatable gradient."""

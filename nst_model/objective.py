@@ -5,13 +5,9 @@ Shapes: C channels, H and W positions of a layer, R regions. A picture is (1, 3,
 
 # Annotations stay objects in this module (no `from __future__ import annotations`): TorchScript reads them.
 
-import io
-import json
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +16,6 @@ from torch.nn import functional as F
 from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets, differentiable
 from nst_model.network import Trunk, replicated
 from nst_model.options import StylizeOptions, TvNorm, relative
-
-METADATA_FILE = "nst.json"
 
 
 class Losses(NamedTuple):
@@ -258,36 +252,6 @@ class Objective(nn.Module):
         return variation.detach(), laplacian.detach(), gradient
 
 
-def script(objective: Objective) -> torch.jit.ScriptModule:
-    """Return `objective` compiled by TorchScript; it shares the original's tensors."""
-    with _deprecation_accepted():
-        return torch.jit.script(objective)
-
-
-def save_artifact(module: torch.jit.ScriptModule, target: Path | IO[bytes], metadata: Mapping[str, Any]) -> None:
-    """Write a scripted objective and its metadata (anything JSON can hold) to a file that C++ can load too."""
-    # Through a buffer: torch's writer reports a full disk by ending the process.
-    buffer = io.BytesIO()
-    with _deprecation_accepted():
-        torch.jit.save(module, buffer, _extra_files={METADATA_FILE: json.dumps(dict(metadata)).encode()})
-    if isinstance(target, Path):
-        target.write_bytes(buffer.getbuffer())
-    else:
-        target.write(buffer.getbuffer())
-
-
-def load_artifact(
-    source: Path | IO[bytes], device: torch.device | str = "cpu"
-) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
-    """Return the scripted objective and the metadata that `save_artifact` wrote."""
-    extra = {METADATA_FILE: ""}
-    with _deprecation_accepted():
-        module = torch.jit.load(  # type: ignore[no-untyped-call]
-            str(source) if isinstance(source, Path) else source, map_location=device, _extra_files=extra
-        )
-    return module, json.loads(extra[METADATA_FILE])
-
-
 def interpreted() -> AbstractContextManager[None]:
     """Return a context in which scripted modules run as they are written, without being compiled anew for each size.
 
@@ -296,11 +260,3 @@ def interpreted() -> AbstractContextManager[None]:
     """
     context: AbstractContextManager[None] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
     return context
-
-
-class _deprecation_accepted(warnings.catch_warnings):  # noqa: N801 - reads as a statement
-    """TorchScript is deprecated, and is what this project ships; ARCHITECTURE.md says why."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")

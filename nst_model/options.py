@@ -64,6 +64,10 @@ class StyleLoss(StrEnum):
     CROSS = "cross"
 
 
+MOMENTS = frozenset({StyleLoss.GRAM, StyleLoss.COVARIANCE, StyleLoss.MEAN_STD, StyleLoss.WASSERSTEIN})
+"""Style losses that need of a style no more than its features' mean and Gram matrix."""
+
+
 class ContentLoss(StrEnum):
     """How features are compared with the content's."""
 

@@ -27,8 +27,8 @@ from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
 from nst_model.memory import Memory, fitting_memory
-from nst_model.network import MIN_EDGE_PX, Trunk, build_trunk
-from nst_model.objective import Objective, interpreted, script
+from nst_model.network import Trunk, build_trunk
+from nst_model.objective import Objective, interpreted
 from nst_model.options import (
     BUDGETS,
     STEERABLE,
@@ -42,7 +42,10 @@ from nst_model.options import (
     steered,
 )
 from nst_model.regions import Layout, fitting, layer_weights
+from nst_model.scales import MIN_EDGE_PX, scaled_edge, scales
 from nst_model.state import State
+from nst_model.style_file import StyleFile
+from nst_model.torchscript import script
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
@@ -71,6 +74,45 @@ class Style:
         size = size_of(self.picture, round(max(self.picture.shape[1:]) * scale))
         return dataclasses.replace(self, picture=of_size(self.picture, size))
 
+
+@dataclass(frozen=True)
+class KeptStyle:
+    """A style without its picture: a style file.
+
+    Attributes:
+        file: its moments.
+        size_px: longer edge that the style has beside the finished picture, pixels; smaller at coarser scales.
+        weight: share of this style, relative to the others' of its region.
+        region: as of `Style`.
+    """
+
+    file: StyleFile
+    size_px: int
+    weight: float = 1.0
+    region: Tensor | None = None
+
+    def scaled(self, scale: float) -> KeptStyle:
+        """Return the style at another size."""
+        return dataclasses.replace(self, size_px=scaled_edge(self.size_px, scale))
+
+    def check(self, model: FeatureModel, options: StylizeOptions, edges: Sequence[int]) -> None:
+        """Raise InvalidOption unless the file can serve a run whose scales have these longer edges."""
+        sizes_px = [self.scaled(edge / edges[-1]).size_px for edge in edges]
+        weights = model.weights
+        self.file.card.check(options, model=weights.name, weights_sha256=weights.sha256, sizes_px=sizes_px)
+        for layer, kept in self.file.moments[self.size_px].items():
+            channels = len(weights.convolutions[layer][1])
+            if len(kept["mean"]) != channels:
+                there = len(kept["mean"])
+                raise InvalidOption(f"style_layers[{layer}]", f"has {channels} channels, and {there} in the style file")
+
+    def targets(self, options: StylizeOptions) -> LayerTargets:
+        """Return what is kept of the style at each style layer."""
+        kept = self.file.moments[self.size_px]
+        return {layer: kept[layer] for layer in relative(options.style_layers)}
+
+
+AnyStyle = Style | KeptStyle
 
 LayerTargets = Mapping[str, Targets]
 """Layer → what a style loss keeps of a style there."""
@@ -139,7 +181,7 @@ class FeatureModel:
     def objective(
         self, styles: Sequence[LayerTargets], options: StylizeOptions, region_shares: Sequence[float] = (1.0,)
     ) -> torch.jit.ScriptModule:
-        """Return the scripted objective for each region's style targets: what is minimized, and what can be saved."""
+        """Return the scripted objective for each region's style targets: what is minimized."""
         here = [
             {
                 layer: {name: tensor.to(self.device) for name, tensor in at_layer.items()}
@@ -162,20 +204,6 @@ def mixed(parts: Sequence[tuple[float, LayerTargets]]) -> dict[str, dict[str, Te
     return {layer: mixed_targets([(share, targets[layer]) for share, targets in shares]) for layer in shares[0][1]}
 
 
-def scales(longer_edge_px: int, shorter_edge_px: int, first_px: int) -> list[int]:
-    """Return the longer edges of a coarse-to-fine run, pixels, the last being the picture's own.
-
-    They grow by √2 (as in Crowson, 2021). None is smaller than `first_px`, nor so small that the shorter edge would
-    have too few pixels for the feature model.
-    """
-    found = [longer_edge_px]
-    while True:
-        smaller = round(longer_edge_px / 2 ** (len(found) / 2))
-        if smaller < first_px or smaller * shorter_edge_px < MIN_EDGE_PX * longer_edge_px:
-            return found[::-1]
-        found.append(smaller)
-
-
 def size_of(picture: Tensor, longer_edge_px: int) -> tuple[int, int]:
     """Return height and width, at least MIN_EDGE_PX, of a picture (3, H, W) scaled to a longer edge in pixels."""
     scale = longer_edge_px / max(picture.shape[1:])
@@ -194,7 +222,7 @@ def of_size(picture: Tensor, size: Sequence[int]) -> Tensor:
 def stylize(
     model: FeatureModel,
     content: Tensor,
-    styles: Sequence[Style],
+    styles: Sequence[AnyStyle],
     options: StylizeOptions,
     *,
     start: Tensor | None = None,
@@ -236,7 +264,7 @@ class Stylization:
         self,
         model: FeatureModel,
         content: Tensor,
-        styles: Sequence[Style],
+        styles: Sequence[AnyStyle],
         options: StylizeOptions,
         *,
         start: Tensor | None = None,
@@ -249,9 +277,11 @@ class Stylization:
         self._model = model
         self._start = start
         self._stop = stop
+        self._edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
+        self._kept = [style for style in styles if isinstance(style, KeptStyle)]
+        self._check_kept(options)
         with self._repeatable():
             self._scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
-        self._edges = scales(max(content.shape[1:]), min(content.shape[1:]), options.first_size_px)
         self._memory = model.memory(options, *content.shape[1:])
         self._descent = Descent(options, self._pixels(), stop, self._memory)
 
@@ -281,6 +311,11 @@ class Stylization:
         """The iterate to return if the run ended now, None before the first: see `Descent.best`."""
         return self._descent.best
 
+    @property
+    def iterations(self) -> int:
+        """Index of the last iterate, if nothing ends the run before."""
+        return self._descent.iterations
+
     def steer(self, **changes: Any) -> None:
         """Change options, any of `options.STEERABLE`, from the next iteration on.
 
@@ -289,6 +324,7 @@ class Stylization:
         """
         options = steered(self.options, changes)
         options.check_layers(self._model.weights.architecture.layers)
+        self._check_kept(options)
         anew = any(getattr(options, name) != getattr(self.options, name) for name in STEERABLE - BUDGETS)
         self._descent.steer(options, anew=anew)
         self.options = self._scene.options = options
@@ -314,6 +350,10 @@ class Stylization:
         self._descent = Descent(kept, self._pixels(), self._stop, self._memory)
         self._descent.restore(state.to(self._model.device))
 
+    def _check_kept(self, options: StylizeOptions) -> None:
+        for style in self._kept:
+            style.check(self._model, options, self._edges)
+
     def _pixels(self) -> list[int]:
         return [self._scene.pixels(edge) for edge in self._edges]
 
@@ -337,7 +377,7 @@ class _Scene:
         self,
         model: FeatureModel,
         content: Tensor,
-        styles: Sequence[Style],
+        styles: Sequence[AnyStyle],
         options: StylizeOptions,
         targets_of: TargetsOf,
     ) -> None:
@@ -377,10 +417,7 @@ class _Scene:
                 if stop is not None and stop.is_set():
                     return None
                 if style.weight > 0:
-                    sized = style.scaled(smaller)
-                    if self.options.style_loss in POSITIONED:
-                        sized = dataclasses.replace(sized, picture=of_size(sized.picture, self.size(edge)))
-                    parts.append((style.weight, self._targets_of(sized, self.options)))
+                    parts.append((style.weight, self._style_targets(style.scaled(smaller), edge)))
             targets.append(mixed(parts))
         if self._layout.regions is None:
             objective, regions = self._model.objective(targets, self.options), None
@@ -392,6 +429,16 @@ class _Scene:
             found = layer_weights(masks, here.shape[1:], objective.style_layers, architecture)
             regions = {layer: weights.to(here.device) for layer, weights in found.items()}
         return Closure(objective, None if at_content else content_targets(objective, here), regions)
+
+    def _style_targets(self, style: AnyStyle, edge: int) -> LayerTargets:
+        if isinstance(style, KeptStyle):
+            return {
+                layer: {name: tensor.to(self._photo.device) for name, tensor in targets.items()}
+                for layer, targets in style.targets(self.options).items()
+            }
+        if self.options.style_loss in POSITIONED:
+            style = dataclasses.replace(style, picture=of_size(style.picture, self.size(edge)))
+        return self._targets_of(style, self.options)
 
     def starting_picture(self, given: Tensor | None) -> Tensor:
         """Return the picture to start from, (3, H, W), of the content's shape; `given` is that of Init.IMAGE."""
@@ -410,7 +457,7 @@ class _Scene:
             case Init.GRAY:
                 return torch.full_like(content, GRAY)
             case Init.STYLE_STATISTICS:
-                mean, covariance = _mixed_moments(self._styles)
+                mean, covariance = _mixed_moments([style for style in self._styles if isinstance(style, Style)])
                 pixels: Tensor = mean[:, None] + torch.linalg.cholesky(covariance) @ noise.flatten(1).double()
                 return pixels.view(content.shape).clamp(0, 1).to(content)
             case Init.IMAGE:
@@ -425,9 +472,10 @@ class _Scene:
             return picture
         return with_luminance(of_size(self._photo, picture.shape[1:]), picture)
 
-    def _recolored(self, style: Style) -> Style:
+    def _recolored(self, style: AnyStyle) -> AnyStyle:
         if self.options.color is Color.STYLE:
             return style
+        assert isinstance(style, Style), "checked before"
         picture = recolored(style.picture.to(self._photo), self._photo, self.options.color)
         return dataclasses.replace(style, picture=picture, name="")
 
@@ -482,7 +530,7 @@ def from_pixels(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
-def _check(content: Tensor, styles: Sequence[Style], options: StylizeOptions, start: Tensor | None) -> None:
+def _check(content: Tensor, styles: Sequence[AnyStyle], options: StylizeOptions, start: Tensor | None) -> None:
     _check_picture(content, "content")
     if (options.init is Init.IMAGE) != (start is not None):
         raise InvalidOption("init", "image must come with a picture to start from, and every other init without one")
@@ -494,6 +542,8 @@ def _check(content: Tensor, styles: Sequence[Style], options: StylizeOptions, st
         if not 0 <= style.weight < math.inf:
             raise InvalidOption(f"styles[{number}].weight", f"must be finite and at least 0, not {style.weight}")
         _check_mask(style.region, f"styles[{number}].region")
+        if isinstance(style, KeptStyle):
+            continue
         _check_mask(style.mask, f"styles[{number}].mask")
         if style.mask is not None and options.style_loss in POSITIONED:
             raise InvalidOption(

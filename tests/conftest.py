@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -48,14 +49,21 @@ def random_state(architecture: Architecture, widths: tuple[int, ...], seed: int 
 USER_CACHE = os.environ.get("NST_CACHE_DIR")
 
 
-@pytest.fixture(scope="module")
-def real_cache() -> Iterator[None]:
-    """The user's own cache, for tests with real weights: they are fetched into it if they are not there."""
+@contextlib.contextmanager
+def user_cache() -> Iterator[None]:
+    """Let real weights be read from the user's own cache, and fetched into it if they are not there."""
     with pytest.MonkeyPatch.context() as patch:
         if USER_CACHE is None:
             patch.delenv("NST_CACHE_DIR")
         else:
             patch.setenv("NST_CACHE_DIR", USER_CACHE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def real_cache() -> Iterator[None]:
+    """The user's own cache, for tests with real weights."""
+    with user_cache():
         yield
 
 

@@ -7,21 +7,26 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
 from nst.v1 import image_service_pb2, model_service_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client import convert
+from nst_client.changes import deleting, updating
 from nst_client.channel import CANCEL_TIMEOUT_S, DEFAULT_ADDRESS, PATIENCE_S, Stubs, channel_options, checked_address
 from nst_client.errors import ClientClosedError, DeadlineExceededError, NstError, UnavailableError
 from nst_client.events import Event, Result
 from nst_client.images import ImageSource, Picture, read_image
 from nst_client.requests import (
+    StyleFileSource,
     StyleImages,
     Styles,
     create_style_request,
+    export_model_request,
+    export_style_request,
+    import_style_request,
     job_name,
     list_jobs_request,
     stored_image_name,
@@ -33,9 +38,11 @@ from nst_client.requests import (
 from nst_client.resources import (
     AnyImage,
     Encoding,
+    ExportedFile,
     Job,
     JobState,
     Model,
+    OnProgress,
     OptionDescription,
     Preset,
     Preview,
@@ -46,7 +53,9 @@ from nst_client.resources import (
 from nst_client.retry import Connection, OnConnection, Patience, TimeLimit
 from nst_client.status import nst_error
 from nst_client.stream import JobStream, Opening
-from nst_client.transfers import Calls, Download, uploading, uploading_large_images
+from nst_client.transfers import Calls, Download, FileDownload, ImageDownload, uploading, uploading_large_images
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -200,7 +209,7 @@ class AsyncClient:
     ) -> Job:
         """Change a job that has not ended, and return it; see `Client.update_job`."""
         request = update_request(job, paused=paused, finish=finish, options=options)
-        return convert.job(await self._call("UpdateJob", request))
+        return convert.job(await self._run(updating(request), self._call))
 
     async def cancel_job(self, job: str | Job) -> Job:
         """End a job and return it; one that has ended stays as it ended. Raises NotFoundError."""
@@ -210,7 +219,7 @@ class AsyncClient:
     async def delete_job(self, job: str | Job) -> None:
         """Delete a job with its events and its result; it is cancelled before if need be. Raises NotFoundError."""
         request = style_transfer_service_pb2.DeleteJobRequest(name=job_name(job))
-        await self._call("DeleteJob", request)
+        await self._run(deleting("DeleteJob", request), self._call)
 
     async def upload_image(self, source: ImageSource) -> StoredImage:
         """Bring an image to the server and return it; see `Client.upload_image`."""
@@ -224,15 +233,7 @@ class AsyncClient:
 
     async def download_image(self, image: str | AnyImage) -> Picture:
         """Return an image on the server; see `Client.download_image`."""
-        download, patience = Download(stored_image_name(image)), Patience(self._connection)
-        while True:
-            try:
-                async for part in self._open().method("DownloadImage")(download.request()):
-                    patience.renew()
-                    download.receive(part)
-                return download.whole()
-            except grpc.RpcError as error:
-                await self._wait(patience.pause_s(error))
+        return await self._downloaded(ImageDownload(stored_image_name(image)))
 
     async def describe_options(self) -> list[OptionDescription]:
         """Return what the server says of every option of `stylize`, in the order of the contract."""
@@ -266,7 +267,26 @@ class AsyncClient:
     async def delete_style(self, style: str | StyleName | Style) -> None:
         """Delete a style from the server. Raises NotFoundError."""
         request = style_service_pb2.DeleteStyleRequest(name=style_name(style))
-        await self._call("DeleteStyle", request)
+        await self._run(deleting("DeleteStyle", request), self._call)
+
+    async def export_style(
+        self,
+        style: str | StyleName | Style,
+        *,
+        model: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: object,
+    ) -> ExportedFile:
+        """Return a style as a style file; see `Client.export_style`."""
+        request = export_style_request(style, model=model, options=options)
+        return await self._downloaded(FileDownload("ExportStyle", request, on_progress))
+
+    async def import_style(
+        self, source: StyleFileSource, *, style_id: str | None = None, display_name: str = ""
+    ) -> Style:
+        """Keep a style file on the server as a style; see `Client.import_style`."""
+        request = await asyncio.to_thread(import_style_request, source, style_id=style_id, display_name=display_name)
+        return convert.style(await self._call("ImportStyle", request))
 
     async def list_models(self) -> AsyncIterator[Model]:
         """Yield the feature models that the server knows, the default one first."""
@@ -274,6 +294,34 @@ class AsyncClient:
         async for page in self._pages("ListModels", request):
             for model in page.models:
                 yield convert.model(model)
+
+    async def export_model(
+        self,
+        model: str | Model | None = None,
+        *,
+        graph: str | None = None,
+        format: str | None = None,
+        precision: str | None = None,
+        layers: Iterable[str] = (),
+        content_layers: Iterable[str] = (),
+        style_layers: Iterable[str] = (),
+        pooling: str | None = None,
+        padding: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> ExportedFile:
+        """Return a feature model as a file for another runtime; see `Client.export_model`."""
+        request = export_model_request(
+            model,
+            graph=graph,
+            format=format,
+            precision=precision,
+            layers=layers,
+            content_layers=content_layers,
+            style_layers=style_layers,
+            pooling=pooling,
+            padding=padding,
+        )
+        return await self._downloaded(FileDownload("ExportModel", request, on_progress))
 
     def _open(self) -> Stubs:
         # Not in the constructor: a channel belongs to the event loop that runs when it is made.
@@ -308,6 +356,21 @@ class AsyncClient:
             else:
                 patience.renew()
                 return response
+
+    async def _downloaded(self, download: Download[T]) -> T:
+        patience = Patience(self._connection)
+        while True:
+            call = self._open().method(download.method)(download.request())
+            try:
+                async for part in call:
+                    patience.renew()
+                    download.receive(part)
+                return download.whole()
+            except grpc.RpcError as error:
+                self._open()  # else what went wrong is that it was closed
+                await self._wait(patience.pause_s(error))
+            finally:
+                call.cancel()  # if it is not over: nobody reads on
 
     async def _tell(self, method: str, request: Any) -> Any:
         """Call once, for somebody who is about to leave."""

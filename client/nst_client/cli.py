@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nst.v1 import model_service_pb2
 from nst_client.animation import pillow_format
 from nst_client.channel import DEFAULT_ADDRESS
 from nst_client.client import Client
-from nst_client.display import Display, JsonLines, duration_text, numbers_text, progress_display, state_text
+from nst_client.display import Display, JsonLines, duration_text, numbers_text, progress_display, size_text, state_text
 from nst_client.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -42,6 +43,7 @@ from nst_client.errors import (
 )
 from nst_client.flags import flag_values, with_option_flags
 from nst_client.images import ImageFormat
+from nst_client.inspection import description_lines, read_description
 from nst_client.json_lines import json_line
 from nst_client.like import Example, Order
 from nst_client.options import OPTIONS
@@ -50,6 +52,7 @@ from nst_client.requests import STEERABLE, new_request_id
 from nst_client.resources import (
     NO_PREVIEW,
     Encoding,
+    ExportedFile,
     Job,
     JobState,
     OptionDescription,
@@ -57,6 +60,7 @@ from nst_client.resources import (
     OptionValue,
     Preset,
     Preview,
+    Style,
     StyleInput,
     StyleName,
     Weighted,
@@ -64,6 +68,7 @@ from nst_client.resources import (
 from nst_client.retry import TimeLimit
 from nst_client.watching import (
     STDIO,
+    FileTarget,
     Interrupted,
     Recorder,
     Target,
@@ -107,6 +112,11 @@ Which part of the Nth STYLE's image to take the style from: an image of its prop
 Once for each style.
 """
 FORMATS = "jpeg|png|webp|tiff"
+EXPORT = model_service_pb2.ExportModelRequest.DESCRIPTOR
+EXPORT_FLAGS = ("graph", "format", "precision", "layers", "content_layers", "style_layers", "pooling", "padding")
+STYLE_FILE_FLAGS = ("preset", "size_px", "first_size_px", "style_scale", "style_layers", "pooling", "padding")
+"""The options that a style file depends on; see the contract's ExportStyleRequest."""
+FORMAT_OF_SUFFIX = {".pt": "torchscript", ".onnx": "onnx", ".pt2": "pt2"}
 JOB_STATES = [state for state in JobState if state is not JobState.UNKNOWN]
 
 
@@ -176,6 +186,13 @@ Server = Annotated[str, typer.Option("--server", envvar="NST_SERVER", metavar="H
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="jobs/ID or just ID.")]
+StyleArgument = Annotated[str, typer.Argument(metavar="STYLE", help="styles/ID or just ID.")]
+FileOut = Annotated[
+    str,
+    typer.Option(
+        "--out", "-o", metavar="OUT", help="A file, a directory, or - for stdout. The server proposes the file's name."
+    ),
+]
 OUT_HELP = "The picture: .png, .jpg, .webp, .tif, or - for stdout."
 
 
@@ -454,13 +471,13 @@ def list_styles(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
         styles = client.list_styles()
         if json:
             return _print_json(styles)
-        rows = [(style.name, style.display_name, str(len(style.images)), _date(style.create_time)) for style in styles]
+        rows = [(style.name, style.display_name, _image_count(style), _date(style.create_time)) for style in styles]
     return _print_table(("name", "display name", "images", "created"), rows)
 
 
 @styles_app.command("show", no_args_is_help=True)
 def show_style(
-    name: Annotated[str, typer.Argument(metavar="STYLE", help="styles/ID or just ID.")],
+    name: StyleArgument,
     json: Json = False,
     server: Server = DEFAULT_ADDRESS,
 ) -> None:
@@ -469,23 +486,95 @@ def show_style(
         style = client.get_style(name)
     if json:
         return _print_json([style])
-    lines = [style.name, style.display_name, f"created {_date(style.create_time)}"]
-    for image in style.images:
-        weight = "" if image.weight is None else f", weight {image.weight:g}"
-        lines.append(f"image {image.width}×{image.height}{weight}, sha256 {image.sha256}")
-    for grams in style.prepared:
-        lines.append(f"prepared for {grams.model} at {grams.size_px} px: {', '.join(grams.layers)}")
-    return print("\n".join(filter(None, lines)))
+    return print("\n".join(filter(None, _style_lines(style))))
 
 
 @styles_app.command("delete", no_args_is_help=True)
 def delete_style(
-    name: Annotated[str, typer.Argument(metavar="STYLE", help="styles/ID or just ID.")],
+    name: StyleArgument,
     server: Server = DEFAULT_ADDRESS,
 ) -> None:
     """Delete a style from the server."""
     with Client(server) as client:
         client.delete_style(name)
+
+
+@styles_app.command("export", no_args_is_help=True)
+@with_option_flags(
+    OPTIONS, field_comments("StylizeOptions"), only=STYLE_FILE_FLAGS, panel="Options of the pictures that it is for"
+)
+def export_style(
+    name: StyleArgument,
+    *,
+    out: FileOut = os.curdir,
+    model: Annotated[
+        str | None, typer.Option(help="Feature model; `nst models` lists them. Default: the server's.")
+    ] = None,
+    quiet: Quiet = False,
+    server: Server = DEFAULT_ADDRESS,
+    **options: Any,
+) -> None:
+    """Write a style to a file, without its images, to be used on another server or in another program.
+
+    The file serves pictures of the model, sizes, layers, pooling and padding named here.
+    """
+    target, display = FileTarget.checked(out), _display(quiet=quiet, json=False)
+    wanted = flag_values(OPTIONS, options)
+    with Client(server, on_connection=display.show_connection) as client, sigterm_as_interrupt(), display:
+        file = client.export_style(name, model=model, on_progress=display.show_bytes, **wanted)
+    _keep(file, target, quiet=quiet)
+
+
+@styles_app.command("import", no_args_is_help=True)
+def import_style(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A style file, as `nst styles export` writes it.")],
+    style_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help=_help("ImportStyleRequest", "style_id"))
+    ] = None,
+    display_name: Annotated[
+        str, typer.Option(metavar="NAME", help=_help("ImportStyleRequest", "display_name"), show_default=False)
+    ] = "",
+    json: Json = False,
+    server: Server = DEFAULT_ADDRESS,
+) -> None:
+    """Keep a style file on the server as a style and print its name."""
+    with Client(server) as client:
+        style = client.import_style(file, style_id=style_id, display_name=display_name)
+    print(json_line(style) if json else style.name)
+
+
+@app.command(no_args_is_help=True)
+@with_option_flags(EXPORT, field_comments("ExportModelRequest"), only=EXPORT_FLAGS, panel="Options of the file")
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Feature model, models/ID or just ID; `nst models` lists them.")
+    ],
+    *,
+    out: FileOut = os.curdir,
+    quiet: Quiet = False,
+    server: Server = DEFAULT_ADDRESS,
+    **options: Any,
+) -> None:
+    """Write a feature model, or all that an optimization evaluates, to a file for another runtime.
+
+    --format may be left out where OUT ends in .pt, .onnx or .pt2. `nst inspect` says what a file contains.
+    """
+    target, display = FileTarget.checked(out), _display(quiet=quiet, json=False)
+    wanted = flag_values(EXPORT, options)
+    wanted["format"] = _format(out, wanted.get("format"))
+    with Client(server, on_connection=display.show_connection) as client, sigterm_as_interrupt(), display:
+        file = client.export_model(model, on_progress=display.show_bytes, **wanted)
+    _keep(file, target, quiet=quiet)
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported model, or a style file.")],
+    json: Json = False,
+) -> None:
+    """Check an exported file, and say what it contains. Nothing in it is executed, and no server is asked."""
+    described = read_description(file)
+    print(json_line(described) if json else "\n".join(description_lines(file, described)))
 
 
 @app.command()
@@ -519,6 +608,18 @@ def options(json: Json = False, server: Server = DEFAULT_ADDRESS) -> None:
     defaults = {option.name: option.default for option in described}
     changes = [(preset.name, preset.description, _changes(preset, defaults)) for preset in presets]
     return _print_table(("preset", "meaning", "what it changes"), changes) if presets else None
+
+
+def _format(out: str, wanted: str | None) -> str | None:
+    meant = FORMAT_OF_SUFFIX.get(Path(out).suffix)
+    if None not in {meant, wanted} and wanted != meant:
+        raise typer.BadParameter(f"{out!r} does not name a file of format {wanted}", param_hint="--format")
+    return wanted or meant
+
+
+def _keep(file: ExportedFile, target: FileTarget, *, quiet: bool) -> None:
+    written = target.write(file)
+    (_stay_silent if quiet else say)(f"wrote {written}: {size_text(len(file.data))}, sha256 {file.sha256}")
 
 
 def _display(*, quiet: bool, json: bool) -> Display:
@@ -597,6 +698,26 @@ def _age(job: Job) -> str:
     if job.create_time is None:
         return ""
     return duration_text((datetime.now(UTC) - job.create_time).total_seconds())
+
+
+def _image_count(style: Style) -> str:
+    return str(len(style.images)) if style.file is None else "imported"
+
+
+def _style_lines(style: Style) -> Iterable[str]:
+    """Yield what people want to know of a style, line by line."""
+    yield style.name
+    yield style.display_name
+    yield f"created {_date(style.create_time)}"
+    if (file := style.file) is not None:
+        yield f"imported, {size_text(file.total_bytes)}, sha256 {file.sha256}"
+        yield f"for {file.model}, pooling {file.pooling}, padding {file.padding}; of weights {file.model_sha256}"
+    for image in (*style.images, *(file.images if file is not None else ())):
+        size = f" {image.width}×{image.height}" if image.width else ""
+        weight = "" if image.weight is None else f", weight {image.weight:g}"
+        yield f"image{size}{weight}, sha256 {image.sha256}"
+    for grams in style.prepared:
+        yield f"prepared for {grams.model} at {grams.size_px} px: {', '.join(grams.layers)}"
 
 
 def _check_places(

@@ -8,20 +8,25 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 
 from nst.v1 import image_service_pb2, model_service_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client import convert
+from nst_client.changes import deleting, updating
 from nst_client.channel import CANCEL_TIMEOUT_S, DEFAULT_ADDRESS, PATIENCE_S, Stubs, channel_options, checked_address
 from nst_client.errors import ClientClosedError, DeadlineExceededError, NstError, UnavailableError
 from nst_client.events import Event, Result
 from nst_client.images import ImageSource, Picture, read_image
 from nst_client.requests import (
+    StyleFileSource,
     StyleImages,
     Styles,
     create_style_request,
+    export_model_request,
+    export_style_request,
+    import_style_request,
     job_name,
     list_jobs_request,
     stored_image_name,
@@ -33,9 +38,11 @@ from nst_client.requests import (
 from nst_client.resources import (
     AnyImage,
     Encoding,
+    ExportedFile,
     Job,
     JobState,
     Model,
+    OnProgress,
     OptionDescription,
     Preset,
     Preview,
@@ -46,7 +53,9 @@ from nst_client.resources import (
 from nst_client.retry import Connection, OnConnection, Patience, TimeLimit
 from nst_client.status import nst_error
 from nst_client.stream import JobStream, Opening
-from nst_client.transfers import Calls, Download, uploading, uploading_large_images
+from nst_client.transfers import Calls, Download, FileDownload, ImageDownload, uploading, uploading_large_images
+
+T = TypeVar("T")
 
 
 class Client:
@@ -61,8 +70,8 @@ class Client:
 
     `address` is `host:port`; the port may be left out (50051). `credentials` encrypt the connection and say who the
     server must be (`grpc.ssl_channel_credentials()`); without them it is neither encrypted nor authenticated.
-    `timeout_s` bounds every call but those that last as long as a job or a file: `stylize`, `create_job`, `watch_job`
-    and `download_image`.
+    `timeout_s` bounds every call but those that last as long as a job or a file: `stylize`, `create_job`, `watch_job`,
+    `download_image`, `export_model` and `export_style`.
 
     A connection that breaks and a server that restarts are not noticed: what was under way is taken up again where it
     stood, for up to `patience_s` seconds without an answer; 0 to give up at once. `on_connection` is called, in the
@@ -245,7 +254,7 @@ class Client:
         ended, NotFoundError.
         """
         request = update_request(job, paused=paused, finish=finish, options=options)
-        return convert.job(self._call("UpdateJob", request))
+        return convert.job(self._run(updating(request), self._call))
 
     def cancel_job(self, job: str | Job) -> Job:
         """End a job and return it; one that has ended stays as it ended. Raises NotFoundError."""
@@ -255,7 +264,7 @@ class Client:
     def delete_job(self, job: str | Job) -> None:
         """Delete a job with its events and its result; it is cancelled before if need be. Raises NotFoundError."""
         request = style_transfer_service_pb2.DeleteJobRequest(name=job_name(job))
-        self._call("DeleteJob", request)
+        self._run(deleting("DeleteJob", request), self._call)
 
     def upload_image(self, source: ImageSource) -> StoredImage:
         """Bring an image to the server, in parts, and return it, to be used instead of the file in any request.
@@ -277,15 +286,7 @@ class Client:
 
         Raises NotFoundError, and BrokenStreamError if it arrived damaged.
         """
-        download, patience = Download(stored_image_name(image)), Patience(self._connection)
-        while True:
-            try:
-                for part in self._open().method("DownloadImage")(download.request()):
-                    patience.renew()
-                    download.receive(part)
-                return download.whole()
-            except grpc.RpcError as error:
-                self._wait(patience.pause_s(error))
+        return self._downloaded(ImageDownload(stored_image_name(image)))
 
     def describe_options(self) -> list[OptionDescription]:
         """Return what the server says of every option of `stylize`, in the order of the contract."""
@@ -323,13 +324,85 @@ class Client:
     def delete_style(self, style: str | StyleName | Style) -> None:
         """Delete a style from the server. Raises NotFoundError."""
         request = style_service_pb2.DeleteStyleRequest(name=style_name(style))
-        self._call("DeleteStyle", request)
+        self._run(deleting("DeleteStyle", request), self._call)
+
+    def export_style(
+        self,
+        style: str | StyleName | Style,
+        *,
+        model: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: object,
+    ) -> ExportedFile:
+        """Return a style as a style file: means and Gram matrices, no images. `import_style` takes it, on any server.
+
+        `options` are those of the jobs that it is to serve. What matters of them is `preset`, `size_px`,
+        `first_size_px`, `style_scale`, `style_layers`, `pooling` and `padding`; `model` is the jobs' too.
+
+        Raises NotFoundError, InvalidArgumentError naming the field, FailedPreconditionError if the model's weights
+        are not on the server, QueueFullError if too many files wait to be made, and BrokenStreamError if it
+        arrived damaged.
+        """
+        request = export_style_request(style, model=model, options=options)
+        return self._downloaded(FileDownload("ExportStyle", request, on_progress))
+
+    def import_style(self, source: StyleFileSource, *, style_id: str | None = None, display_name: str = "") -> Style:
+        """Keep a style file on the server as a style, and return that; the same file gives the same style again.
+
+        `source` is the path of the file, its bytes, or what `export_style` returned. `style_id` is 1 to 63 of a–z,
+        0–9 and hyphen; without it the server makes one from the content. Raises AlreadyExistsError if the id stands
+        for another style, InvalidArgumentError if the file is damaged, or none of these.
+        """
+        request = import_style_request(source, style_id=style_id, display_name=display_name)
+        return convert.style(self._call("ImportStyle", request))
 
     def list_models(self) -> Iterator[Model]:
         """Yield the feature models that the server knows, the default one first."""
         request = model_service_pb2.ListModelsRequest()
         for page in self._pages("ListModels", request):
             yield from map(convert.model, page.models)
+
+    def export_model(
+        self,
+        model: str | Model | None = None,
+        *,
+        graph: str | None = None,
+        format: str | None = None,
+        precision: str | None = None,
+        layers: Iterable[str] = (),
+        content_layers: Iterable[str] = (),
+        style_layers: Iterable[str] = (),
+        pooling: str | None = None,
+        padding: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> ExportedFile:
+        """Return a feature model, or all that an optimization evaluates, as a file for another runtime.
+
+        `graph` is `"features"`, `"grams"`, `"objective"` or `"closure"` (losses and their gradient); `format` is
+        `"onnx"`, `"torchscript"` or `"pt2"`; `precision` is `"fp32"` or, of ONNX, `"fp16"`. `layers` are those that
+        `"features"` returns, `style_layers` those of `"grams"`, and with `content_layers` what the two others compare
+        pictures at. `pooling` and `padding` are as in `stylize`. What is left out is the server's choice.
+
+        The server makes one file at a time, which takes it seconds to minutes; closing the client ends that. A file
+        that breaks off on the way is taken up where it broke. `on_progress` is called with the bytes that are here
+        and how many there will be, None while the file is being made.
+
+        Raises NotFoundError, InvalidArgumentError naming the field, FailedPreconditionError if the model's weights
+        are not on the server, QueueFullError if too many files wait to be made, and BrokenStreamError if it
+        arrived damaged.
+        """
+        request = export_model_request(
+            model,
+            graph=graph,
+            format=format,
+            precision=precision,
+            layers=layers,
+            content_layers=content_layers,
+            style_layers=style_layers,
+            pooling=pooling,
+            padding=padding,
+        )
+        return self._downloaded(FileDownload("ExportModel", request, on_progress))
 
     def _open(self) -> Stubs:
         if self._closed.is_set():
@@ -348,6 +421,21 @@ class Client:
             else:
                 patience.renew()
                 return response
+
+    def _downloaded(self, download: Download[T]) -> T:
+        patience = Patience(self._connection)
+        while True:
+            call = self._open().method(download.method)(download.request())
+            try:
+                for part in call:
+                    patience.renew()
+                    download.receive(part)
+                return download.whole()
+            except grpc.RpcError as error:
+                self._open()  # else what went wrong is that it was closed
+                self._wait(patience.pause_s(error))
+            finally:
+                call.cancel()  # if it is not over: nobody reads on
 
     def _tell(self, method: str, request: Any) -> Any:
         """Call once, for somebody who is about to leave."""

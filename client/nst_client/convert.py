@@ -37,6 +37,7 @@ from nst_client.resources import (
     StopReason,
     StoredImage,
     Style,
+    StyleFile,
     StyleImage,
 )
 
@@ -115,6 +116,7 @@ def style(message: style_service_pb2.Style) -> Style:
             PreparedGrams(model=grams.model, size_px=grams.size_px, layers=tuple(grams.layers))
             for grams in message.prepared
         ),
+        file=_style_file(message.file) if message.HasField("file") else None,
     )
 
 
@@ -182,6 +184,20 @@ def _job_result(message: job_pb2.JobResult) -> JobResult:
         iteration=message.iteration,
         loss=message.loss,
         stop_reason=named(StopReason, job_pb2.StopReason.DESCRIPTOR, message.stop_reason),
+    )
+
+
+def _style_file(message: style_service_pb2.StyleFile) -> StyleFile:
+    return StyleFile(
+        sha256=message.sha256,
+        total_bytes=message.total_bytes,
+        model=message.model,
+        model_sha256=message.model_sha256,
+        pooling=choice_name(options_pb2.Pooling.DESCRIPTOR, message.pooling),
+        padding=choice_name(options_pb2.Padding.DESCRIPTOR, message.padding),
+        sizes_px=tuple(message.sizes_px),
+        layers=tuple(message.layers),
+        images=tuple(_style_image(image) for image in message.images),
     )
 
 

@@ -1,4 +1,4 @@
-"""How the command line shows a job: a live bar in a terminal, plain lines elsewhere, JSON for pipes, or nothing."""
+"""How the command line shows a job or a file on its way: a live bar in a terminal, plain lines, JSON, or nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from nst_client.resources import Job, JobState, Numbers
 
 PLAIN_LINES = 10
 """Where there is no terminal, a job's progress takes about this many lines."""
+
+MAKING = "the server is making the file"
 
 RECONNECTING = "connection lost, trying again"
 
@@ -44,6 +46,9 @@ class Display:
 
     def show(self, event: events.Event) -> None:
         """Show an event."""
+
+    def show_bytes(self, received: int, total: int | None) -> None:
+        """Show how far a file has come; `total` is None while the server is making it."""
 
     def show_connection(self, error: UnavailableError | None) -> None:
         """Show that the connection is broken, or with None that it stands again."""
@@ -78,6 +83,11 @@ class PlainLines(Display):
                 if tenth > self._tenth:
                     self._tenth = tenth
                     self._say(f"iteration {event.iteration}/{event.iterations}, {numbers_text(event)}")
+
+    def show_bytes(self, received: int, total: int | None) -> None:  # noqa: ARG002 - a file is here soon
+        """Write a line if the file is not there yet."""
+        if total is None:
+            self._say(MAKING)
 
     def show_connection(self, error: UnavailableError | None) -> None:
         """Write a line when the connection breaks, and one when it stands again."""
@@ -124,6 +134,11 @@ class LiveBar(Display):
                     self._task, total=event.iterations, completed=event.iteration, description=escape(self._text)
                 )
 
+    def show_bytes(self, received: int, total: int | None) -> None:
+        """Move the bar."""
+        self._text = MAKING if total is None else f"{size_text(received)} of {size_text(total)}"
+        self._progress.update(self._task, total=total, completed=received, description=escape(self._text))
+
     def show_connection(self, error: UnavailableError | None) -> None:
         """Say beside the bar that the connection is broken; what was there comes back when it stands again."""
         self._progress.update(self._task, description=escape(self._text if error is None else RECONNECTING))
@@ -152,6 +167,11 @@ def numbers_text(numbers: Numbers) -> str:
     if numbers.remaining_s > 0:
         parts.append(f"{duration_text(numbers.remaining_s)} left")
     return ", ".join(parts)
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people say it: `512 bytes`, `41.2 MB`."""
+    return f"{count} bytes" if count < 100_000 else f"{count / 1e6:.1f} MB"
 
 
 def duration_text(seconds: float) -> str:

@@ -9,8 +9,8 @@ NstError
 ├── AlreadyExistsError            the id stands for another style, or for another request
 ├── FailedPreconditionError       it cannot be done now: a model's weights are not fetched, a job has ended
 ├── ResourceExhaustedError        the server has no room
-│   ├── QueueFullError            too many jobs wait; come back after `retry_after_s`
-│   └── MessageTooLargeError      the images are larger than the server takes in one message
+│   ├── QueueFullError            too many jobs, or exports, wait; come back after `retry_after_s`
+│   └── MessageTooLargeError      images, or a style file, are larger than the server takes in one message
 ├── UnavailableError              the server cannot be reached, is starting or is stopping, and did not come back
 ├── DeadlineExceededError         `timeout_s` passed
 ├── ServerError                   the server failed, or answered with something this client does not expect
@@ -37,12 +37,14 @@ class NstError(Exception):
 
     `code` is the name of the gRPC status (`INVALID_ARGUMENT`), empty if the client found the error by itself.
     `reason` is the server's stable word for it (`google.rpc.ErrorInfo.reason`), empty if there is none.
+    `is_repeated` says that the call was sent before, and that its answer was lost: it may have been carried out.
     """
 
     def __init__(self, message: str, *, code: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
+        self.is_repeated = False
 
 
 class InvalidArgumentError(NstError, ValueError):
@@ -89,11 +91,14 @@ class ResourceExhaustedError(NstError):
 
 
 class QueueFullError(ResourceExhaustedError):
-    """Too many jobs wait already. Nothing was started; try again after `retry_after_s`."""
+    """Too many jobs, or exports, wait already. Nothing was started; try again after `retry_after_s`."""
 
 
 class MessageTooLargeError(ResourceExhaustedError):
-    """The images are larger than the server takes in one message. Bring smaller ones, or upload them before."""
+    """The images are larger than the server takes in one message: bring smaller ones, or upload them before.
+
+    Or it is a style file: one of fewer layers or sizes is smaller.
+    """
 
 
 class UnavailableError(NstError):

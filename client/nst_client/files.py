@@ -5,6 +5,29 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nst_client.errors import InvalidArgumentError
+
+MAX_FILE_BYTES = 1 << 30
+"""No file above this is read: a message of protobuf ends at 2 GiB, and servers take far less."""
+
+
+def read_file(
+    path: str | os.PathLike[str], *, field: str, kind: type[InvalidArgumentError] = InvalidArgumentError
+) -> bytes:
+    """Return the bytes of a file that is to be sent. Raises `kind`, naming the request's `field`."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise kind(
+                f"{field}: {str(file)!r} has {file.stat().st_size} bytes; at most {MAX_FILE_BYTES} can be sent",
+                field=field,
+            )
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise kind(f"{field}: there is no file {str(file)!r}", field=field) from error
+    except OSError as error:
+        raise kind(f"{field}: cannot read {str(file)!r}: {error.strerror}", field=field) from error
+
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file in one step and return its path: whoever looks sees the old file or the new one, never a half.

@@ -1,4 +1,4 @@
-"""Flags made from the contract: one for every field of StylizeOptions, with the field's comment as help."""
+"""Flags made from the contract: one for every field of a message, with the field's comment as help."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ CommandT = typing.TypeVar("CommandT", bound=Callable[..., None])
 
 
 def with_option_flags(
-    descriptor: Descriptor, comments: Mapping[str, str], *, only: Collection[str] | None = None
+    descriptor: Descriptor, comments: Mapping[str, str], *, only: Collection[str] | None = None, panel: str = PANEL
 ) -> Callable[[CommandT], CommandT]:
     """Give a command, in place of its `**options`, one keyword parameter for every field of the descriptor.
 
-    `only` names the fields, if not all are meant.
+    `only` names the fields, if not all are meant; `panel` is what the help calls them together.
     """
 
     def decorate(command: CommandT) -> CommandT:
         resolved = inspect.signature(command, eval_str=True)
         own = [parameter for parameter in resolved.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
         fields = [field for field in descriptor.fields if only is None or field.name in only]
-        made = [_flag(field, comments.get(field.name, "")) for field in fields]
+        made = [_flag(field, comments.get(field.name, ""), panel) for field in fields]
         command.__signature__ = resolved.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *made]}
         return command
@@ -48,11 +48,11 @@ def flag_values(descriptor: Descriptor, values: Mapping[str, Any]) -> dict[str, 
     return {name: _value(descriptor.fields_by_name[name], value) for name, value in values.items() if value is not None}
 
 
-def _flag(field: FieldDescriptor, comment: str) -> inspect.Parameter:
+def _flag(field: FieldDescriptor, comment: str, panel: str) -> inspect.Parameter:
     flag = f"--{field.name.replace('_', '-')}"
     names = f"{flag}/--no-{flag[2:]}" if _type(field) is bool else flag
     option = typer.Option(
-        names, help=escape(comment), metavar=_metavar(field), show_default=False, rich_help_panel=PANEL
+        names, help=escape(comment), metavar=_metavar(field), show_default=False, rich_help_panel=panel
     )
     annotation = Annotated[_type(field) | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

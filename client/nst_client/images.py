@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from nst_client.errors import ImageNotReadableError, InvalidArgumentError
-from nst_client.files import write_whole
+from nst_client.files import read_file, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | Picture"
 """An image brought along: the path of a file, the bytes of a file, a PIL image, or a picture from a server."""
-
-MAX_FILE_BYTES = 1 << 30
-"""No file above this is read: a message of protobuf ends at 2 GiB, and servers take far less."""
 
 DESCRIPTION = 0x010E
 """The EXIF field ImageDescription, in which a result carries the parameters of its making."""
@@ -141,27 +138,13 @@ def read_image(source: object, *, field: str) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if isinstance(source, str | os.PathLike):
-        return _read_file(Path(source), field=field)
+        return read_file(source, field=field, kind=ImageNotReadableError)
     if isinstance(source, Picture):
         return source.data
     if is_pil_image(source):
         return _png_of(source, field=field)
     kind = type(source).__name__
     raise InvalidArgumentError(f"{field} must be a path, the bytes of a file or a PIL image, not {kind}", field=field)
-
-
-def _read_file(path: Path, *, field: str) -> bytes:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ImageNotReadableError(
-                f"{field}: {str(path)!r} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} can be sent",
-                field=field,
-            )
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ImageNotReadableError(f"{field}: there is no file {str(path)!r}", field=field) from error
-    except OSError as error:
-        raise ImageNotReadableError(f"{field}: cannot read {str(path)!r}: {error.strerror}", field=field) from error
 
 
 def is_pil_image(source: object) -> TypeGuard[Image.Image]:

@@ -147,7 +147,8 @@ def _shares(weights: Sequence[float]) -> list[float]:
 
 def _sha256s(source: StyleSource, client: Client) -> tuple[str, ...]:
     if isinstance(source, StyleName | Style):
-        return tuple(image.sha256 for image in client.get_style(source).images)
+        style = client.get_style(source)
+        return tuple(part.sha256 for part in (style.images if style.file is None else [style.file]))
     return (_sha256(source),)
 
 

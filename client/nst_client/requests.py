@@ -7,17 +7,22 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from nst.v1 import image_pb2, job_pb2, style_service_pb2, style_transfer_service_pb2
+from google.protobuf.descriptor import EnumDescriptor
+
+from nst.v1 import image_pb2, job_pb2, model_service_pb2, options_pb2, style_service_pb2, style_transfer_service_pb2
 from nst_client.errors import InvalidArgumentError
+from nst_client.files import read_file
 from nst_client.images import read_image
 from nst_client.options import choice_number, options_message
 from nst_client.resources import (
     AnyImage,
     Encoding,
+    ExportedFile,
     ImageName,
     Job,
     JobResult,
     JobState,
+    Model,
     Preview,
     StoredImage,
     Style,
@@ -35,6 +40,9 @@ Styles: TypeAlias = "AnyStyle | Iterable[AnyStyle]"
 
 StyleImages: TypeAlias = "AnyImage | Weighted[AnyImage] | Iterable[AnyImage | Weighted[AnyImage]]"
 """One image or several, each with or without a weight."""
+
+StyleFileSource: TypeAlias = "str | os.PathLike[str] | bytes | ExportedFile"
+"""A style file brought along: its path, its bytes, or what `export_style` returned."""
 
 IMAGE_FORMAT = image_pb2.DESCRIPTOR.enum_types_by_name["ImageFormat"]
 
@@ -183,6 +191,57 @@ def create_style_request(
     )
 
 
+def export_style_request(
+    style: str | StyleName | Style, *, model: str | None, options: Mapping[str, object]
+) -> style_service_pb2.ExportStyleRequest:
+    """Return the request of ExportStyle. Raises InvalidArgumentError and its kind."""
+    return style_service_pb2.ExportStyleRequest(
+        name=style_name(style), model=model, options=options_message(options) if options else None
+    )
+
+
+def import_style_request(
+    source: StyleFileSource, *, style_id: str | None, display_name: str
+) -> style_service_pb2.ImportStyleRequest:
+    """Return the request of ImportStyle. Raises InvalidArgumentError."""
+    if isinstance(source, ExportedFile):
+        data = source.data
+    elif isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+    elif isinstance(source, str | os.PathLike):
+        data = read_file(source, field="source")
+    else:
+        kind = type(source).__name__
+        raise InvalidArgumentError(f"source must be the path of a style file or its bytes, not {kind}", field="source")
+    return style_service_pb2.ImportStyleRequest(style_id=style_id, display_name=display_name, data=data)
+
+
+def export_model_request(
+    model: str | Model | None,
+    *,
+    graph: str | None,
+    format: str | None,
+    precision: str | None,
+    layers: Iterable[str],
+    content_layers: Iterable[str],
+    style_layers: Iterable[str],
+    pooling: str | None,
+    padding: str | None,
+) -> model_service_pb2.ExportModelRequest:
+    """Return the request of ExportModel. Raises InvalidArgumentError."""
+    return model_service_pb2.ExportModelRequest(
+        model=model.name if isinstance(model, Model) else model,
+        graph=_choice(model_service_pb2.ExportGraph.DESCRIPTOR, graph, field="graph"),
+        format=_choice(model_service_pb2.ExportFormat.DESCRIPTOR, format, field="format"),
+        precision=_choice(model_service_pb2.ExportPrecision.DESCRIPTOR, precision, field="precision"),
+        layers=_texts(layers, field="layers"),
+        content_layers=_texts(content_layers, field="content_layers"),
+        style_layers=_texts(style_layers, field="style_layers"),
+        pooling=_choice(options_pb2.Pooling.DESCRIPTOR, pooling, field="pooling"),
+        padding=_choice(options_pb2.Padding.DESCRIPTOR, padding, field="padding"),
+    )
+
+
 def style_name(style: str | StyleName | Style) -> str:
     """Return the name to send for a stored style; a plain string is a name here."""
     return style if isinstance(style, str) else style.name
@@ -264,6 +323,19 @@ def _encoding(encoding: Encoding | str, *, field: str) -> image_pb2.Encoding:
     quality = _whole(encoding.quality, field=f"{field}.quality")
     bit_depth = _whole(encoding.bit_depth, field=f"{field}.bit_depth")
     return image_pb2.Encoding(format=number, quality=quality, bit_depth=bit_depth)  # type: ignore[arg-type]
+
+
+def _choice(enum: EnumDescriptor, value: str | None, *, field: str) -> Any:
+    return None if value is None else choice_number(enum, value, field=field)
+
+
+def _texts(values: Iterable[str], *, field: str) -> list[str]:
+    # A single name could be iterated too, letter by letter.
+    listed = [values] if isinstance(values, str) else list(values)
+    for value in listed:
+        if not isinstance(value, str):
+            raise InvalidArgumentError(f"{field} must be a list of names, not of {value!r}", field=field)
+    return listed
 
 
 def _whole(value: object, *, field: str) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
+from nst_client.files import write_whole
 from nst_client.images import ImageFormat, ImageSource
 
 OptionValue: TypeAlias = "bool | int | float | str | Mapping[str, float] | list[bool | int | float | str]"
@@ -214,6 +217,30 @@ class StyleImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StyleFile:
+    """The file of an imported style: for what it can be used, and what it was made of."""
+
+    sha256: str
+    """SHA-256 of the file, 64 lowercase hexadecimal digits."""
+    total_bytes: int
+    """Length of the file."""
+    model: str
+    """Resource name of the feature model, `models/{model}`."""
+    model_sha256: str
+    """SHA-256 of the file that the model's weights were published in."""
+    pooling: str
+    """The option `pooling` of the jobs that it serves."""
+    padding: str
+    """The option `padding` of the jobs that it serves."""
+    sizes_px: tuple[int, ...]
+    """Longer edges that the style images were brought to, ascending."""
+    layers: tuple[str, ...]
+    """The layers, in the model's order."""
+    images: tuple[StyleImage, ...]
+    """The style images, as far as the file knows them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Style:
     """A style kept on the server. Give it to `stylize` as it is."""
 
@@ -222,10 +249,34 @@ class Style:
     display_name: str
     """A name for people."""
     images: tuple[StyleImage, ...]
+    """None for an imported style."""
     create_time: datetime | None
     """When it was created, UTC."""
     prepared: tuple[PreparedGrams, ...]
     """For what its Gram matrices are on disk."""
+    file: StyleFile | None = None
+    """What an imported style came in; None for one of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFile:
+    """A file that the server made, whole and checked against its SHA-256."""
+
+    data: bytes = field(repr=False)
+    """The bytes of the file."""
+    name: str
+    """What the server would call it, `vgg16-hed-closure.onnx` for instance."""
+    sha256: str
+    """SHA-256 of `data`, 64 lowercase hexadecimal digits."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file in one step, into a directory by its own name, and return its path. Raises OSError."""
+        target = Path(path)
+        return write_whole(target / Path(self.name).name if target.is_dir() else target, self.data)
+
+
+OnProgress: TypeAlias = "Callable[[int, int | None], object]"
+"""Who is told how far a file has come: bytes that are here, and of how many; None while it is still being made."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ class Patience:
         self._connection = connection
         self._attempts = 0
         self._since = 0.0
+        self._may_be_done = False
 
     def renew(self) -> None:
         """Note that the call came on: if it breaks again, that is another time."""
@@ -86,8 +87,11 @@ class Patience:
         """
         connection = self._connection
         ours = nst_error(error, address=connection.address, job=job)
-        if not self._is_passing(ours, error.details() or ""):
+        ours.is_repeated = self._may_be_done
+        words = error.details() or ""
+        if not self._is_passing(ours, words):
             raise ours
+        self._may_be_done |= isinstance(ours, UnavailableError) and not NEVER_REACHED.search(words)
         now = time.monotonic()
         if self._attempts == 0:
             self._since = now

@@ -127,8 +127,8 @@ def _too_large(status: _Status, match: re.Match[str]) -> NstError:
     if match["end"] == "CLIENT":
         return BrokenStreamError(f"the server sent a message of {size}; gRPC takes {limit}", code=status.code.name)
     return MessageTooLargeError(
-        f"the images need a request of {size}, and the server at {status.address} takes {limit}:"
-        " bring smaller ones, or upload them before",
+        f"the request takes {size}, and the server at {status.address} takes {limit}: bring smaller images, or upload"
+        " them before; a style file of fewer layers or sizes; or let the operator raise max_message_mib",
         code=status.code.name,
     )
 

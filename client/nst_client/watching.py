@@ -23,7 +23,7 @@ from nst_client.errors import InvalidArgumentError, JobEndedError, NstError, Una
 from nst_client.events import Event, Frame, Result
 from nst_client.files import write_whole
 from nst_client.images import ImageFormat, Picture, format_of_path
-from nst_client.resources import Job, JobResult
+from nst_client.resources import ExportedFile, Job, JobResult
 from nst_client.stream import RECENT_JOBS
 
 STDIO = "-"
@@ -191,6 +191,31 @@ class Target:
         else:
             # Of a job whose format was settled when it was created.
             picture.save(self.path)
+
+
+@dataclass(frozen=True)
+class FileTarget:
+    """Where a file goes that the server makes."""
+
+    path: Path | None
+    """A file or a directory; None for stdout."""
+
+    @classmethod
+    def checked(cls, out: str) -> FileTarget:
+        """Return the target for `--out`; raise InvalidArgumentError if it cannot work."""
+        if out == STDIO:
+            return cls(None)
+        path = Path(out)
+        check_directory(path / "file" if path.is_dir() else path)
+        return cls(path)
+
+    def write(self, file: ExportedFile) -> str:
+        """Write the file and return where it is."""
+        if self.path is None:
+            sys.stdout.buffer.write(file.data)
+            sys.stdout.buffer.flush()
+            return "stdout"
+        return str(file.save(self.path))
 
 
 class Recorder:

@@ -48,7 +48,7 @@ def snapshot_from_record(record: JobRecord) -> JobSnapshot:
         create_time=record.create_time,
         start_time=record.start_time,
         end_time=record.end_time,
-        queue_position=0,
+        queue_position=record.queue_position,
         device=record.device,
         precision=record.precision,
         progress=None if record.progress is None else progress_from_json(record.progress),
@@ -74,12 +74,14 @@ def columns(snapshot: JobSnapshot) -> dict[str, Any]:
         "error": None if snapshot.error is None else dataclasses.asdict(snapshot.error),
         "result": None if snapshot.result is None else dataclasses.asdict(snapshot.result),
         "finishing": snapshot.finishing,
+        "queue_position": snapshot.queue_position,
     }
 
 
 def checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what is stored of a checkpoint whose state is among the blobs."""
-    return {"key": checkpoint.key, "iteration": checkpoint.iteration, "elapsed_s": checkpoint.elapsed_s}
+    names = ("key", "iteration", "elapsed_s", "attempt")
+    return {name: getattr(checkpoint, name) for name in names}
 
 
 def checkpoint_from_json(values: Mapping[str, Any] | None) -> Checkpoint | None:
@@ -124,7 +126,7 @@ def _payload_from_json(kind: str, values: Mapping[str, Any]) -> Payload:
 
 def _snapshot_to_json(snapshot: JobSnapshot) -> dict[str, Any]:
     times = {name: _time_to_json(getattr(snapshot, name)) for name in ("create_time", "start_time", "end_time")}
-    rest = {name: getattr(snapshot, name) for name in ("name", "model", "width", "height", "queue_position", "attempt")}
+    rest = {name: getattr(snapshot, name) for name in ("name", "model", "width", "height", "attempt")}
     return {**columns(snapshot), **rest, **times, "sequence": snapshot.sequence, "request_id": snapshot.request_id}
 
 

@@ -15,6 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.rpc import code_pb2
 
 from nst.v1 import (
+    file_pb2,
     image_pb2,
     image_service_pb2,
     job_pb2,
@@ -23,9 +24,11 @@ from nst.v1 import (
     style_service_pb2,
     style_transfer_service_pb2,
 )
-from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions
+from nst_model import InvalidOption, ModelCard, Precision, Preset, StylizeOptions, UnknownModel
+from nst_model.export_spec import ExportSpec
 from nst_model.options import MAX_WEIGHT, PRESETS, bounds_of, default_of
-from nst_server.errors import InvalidField
+from nst_server.errors import InvalidField, NotFound
+from nst_server.exports import ExportedFile
 from nst_server.frames import Frame, PreviewSpec
 from nst_server.images import EncodedImage, Encoding, ImageFormat
 from nst_server.jobs import (
@@ -41,7 +44,7 @@ from nst_server.library import Upload
 from nst_server.messages import Progressed
 from nst_server.requests import ImageName, JobRequest, JobStyle, JobUpdate, Source
 from nst_server.storage.records import ImageRecord
-from nst_server.styles import Style
+from nst_server.styles import StoredImage, Style, StyleFile
 
 PART_BYTES = 2 * 1024 * 1024
 """Image bytes in one message; with everything around them it stays far below the contract's 3 MiB."""
@@ -63,15 +66,18 @@ OPTION_TYPES = {
 
 JOB_ERROR_CODES = {
     "WORKER_DIED": code_pb2.UNAVAILABLE,
-    "SERVER_STOPPING": code_pb2.UNAVAILABLE,
+    "GIVEN_UP": code_pb2.ABORTED,
     "OUT_OF_MEMORY": code_pb2.RESOURCE_EXHAUSTED,
     "MODEL_UNAVAILABLE": code_pb2.FAILED_PRECONDITION,
+    "INTERNAL": code_pb2.INTERNAL,
+    # What was accepted, and is refused when its turn comes.
     "NOT_FOUND": code_pb2.NOT_FOUND,
-    "STORAGE_FULL": code_pb2.RESOURCE_EXHAUSTED,
+    "INVALID_FIELD": code_pb2.INVALID_ARGUMENT,
+    "MODEL_NOT_FETCHED": code_pb2.FAILED_PRECONDITION,
     "STORAGE_READ_ONLY": code_pb2.FAILED_PRECONDITION,
     "STORAGE_DAMAGED": code_pb2.DATA_LOSS,
-    "STORAGE_UNAVAILABLE": code_pb2.UNAVAILABLE,
 }
+"""What a job can fail of, which is the list in the contract's JobError."""
 
 
 def options_from_proto(message: options_pb2.StylizeOptions) -> StylizeOptions:
@@ -94,7 +100,7 @@ def _given(message: options_pb2.StylizeOptions) -> dict[str, Any]:
                 given[field.name] = values
         elif field.enum_type is not None:
             if number := getattr(message, field.name):
-                given[field.name] = _choice_name(field, number)
+                given[field.name] = _choice_name(field, number, f"options.{field.name}")
         elif message.HasField(field.name):
             given[field.name] = getattr(message, field.name)
     return given
@@ -195,6 +201,8 @@ def style_images_from_proto(message: style_service_pb2.Style) -> list[tuple[Sour
 def update_from_proto(message: style_transfer_service_pb2.UpdateJobRequest) -> JobUpdate:
     """Return how a job is to be changed. Raises InvalidField."""
     paused = message.paused if message.HasField("paused") else None
+    if paused and message.finish:
+        raise InvalidField("paused", "must not go with finish: a job that is to end cannot wait")
     return JobUpdate(_given(message.options), paused, message.finish)
 
 
@@ -231,19 +239,37 @@ def encoding_from_proto(
     return Encoding(file_format, quality, bit_depth)
 
 
+def export_from_proto(message: model_service_pb2.ExportModelRequest, default_model: str) -> ExportSpec:
+    """Return what of which model is to be exported, defaults filled in. Raises InvalidField and NotFound."""
+    given: dict[str, Any] = {"model": message.model.removeprefix("models/") or default_model}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.enum_type is not None and value:
+            given[field.name] = _choice_name(field, value, field.name)
+        elif field.is_repeated and value:
+            given[field.name] = tuple(value)
+    try:
+        return ExportSpec(**given)
+    except InvalidOption as error:
+        raise InvalidField(error.field, error.reason) from error
+    except UnknownModel as error:
+        raise NotFound("model", str(error)) from error
+
+
 def page_from_proto(page_size: int) -> int:
     """Return how many to list on a page. Raises InvalidField."""
     _check_range("page_size", page_size, 0, 100)
     return page_size or 50
 
 
-def event_to_proto(event: Event) -> Iterator[job_pb2.JobEvent]:
-    """Yield the messages of an event: one, or as many as its image needs."""
+def event_to_proto(event: Event, estimated_start_s: float | None = None) -> Iterator[job_pb2.JobEvent]:
+    """Yield the messages of an event: one, or as many as its image needs; see `job_to_proto` for the estimate."""
     match event.payload:
         case JobSnapshot():
-            yield _event(event, snapshot=job_to_proto(event.payload))
+            yield _event(event, snapshot=job_to_proto(event.payload, estimated_start_s))
         case StateChanged():
-            yield _event(event, state_change=job_pb2.StateChange(job=job_to_proto(event.payload.job)))
+            job = job_to_proto(event.payload.job, estimated_start_s)
+            yield _event(event, state_change=job_pb2.StateChange(job=job))
         case Progressed():
             yield _event(event, progress=progress_to_proto(event.payload))
         case Frame(image, iteration, skipped):
@@ -364,22 +390,23 @@ def stored_part_to_proto(image: ImageRecord, offset: int, data: bytes) -> image_
     )
 
 
+def file_part_to_proto(file: ExportedFile, offset: int, data: bytes) -> file_pb2.FilePart:
+    """Return a part of a file that was made as a message."""
+    return file_pb2.FilePart(offset=offset, data=data, total_bytes=file.size, sha256=file.sha256, file_name=file.name)
+
+
 def style_to_proto(style: Style, prepared: Mapping[tuple[str, int], list[str]]) -> style_service_pb2.Style:
     """Return a stored style as a message; `prepared` maps (model, size in px) to the layers that are on disk."""
     return style_service_pb2.Style(
         name=style.name,
         display_name=style.display_name,
-        images=[
-            style_service_pb2.StyleImage(
-                weight=image.weight, sha256=image.sha256, width=image.width, height=image.height
-            )
-            for image in style.images
-        ],
+        images=[_style_image_to_proto(image) for image in style.images],
         create_time=_timestamp(style.create_time),
         prepared=[
             style_service_pb2.PreparedGrams(model=f"models/{model}", size_px=size_px, layers=layers)
             for (model, size_px), layers in sorted(prepared.items())
         ],
+        file=None if style.file is None else _style_file_to_proto(style.file),
     )
 
 
@@ -404,6 +431,26 @@ def model_to_proto(card: ModelCard, sha256: str, *, default: bool) -> model_serv
         ],
         license=card.license,
         sha256=sha256,
+    )
+
+
+def _style_image_to_proto(image: StoredImage) -> style_service_pb2.StyleImage:
+    return style_service_pb2.StyleImage(
+        weight=image.weight, sha256=image.sha256, width=image.width, height=image.height
+    )
+
+
+def _style_file_to_proto(file: StyleFile) -> style_service_pb2.StyleFile:
+    return style_service_pb2.StyleFile(
+        sha256=file.sha256,
+        total_bytes=file.size,
+        model=f"models/{file.model}",
+        model_sha256=file.model_sha256,
+        pooling=options_pb2.Pooling.Value(f"POOLING_{file.pooling.upper()}"),
+        padding=options_pb2.Padding.Value(f"PADDING_{file.padding.upper()}"),
+        sizes_px=file.sizes_px,
+        layers=file.layers,
+        images=[_style_image_to_proto(image) for image in file.images],
     )
 
 
@@ -475,10 +522,10 @@ def _choice_prefix(field: FieldDescriptor) -> str:
     return zero.removesuffix("UNSPECIFIED")
 
 
-def _choice_name(field: FieldDescriptor, number: int) -> str:
+def _choice_name(field: FieldDescriptor, number: int, path: str) -> str:
     value = field.enum_type.values_by_number.get(number)
     if value is None:
-        raise InvalidField(f"options.{field.name}", f"has no choice number {number}")
+        raise InvalidField(path, f"has no choice number {number}")
     return str(value.name.removeprefix(_choice_prefix(field)).lower())
 
 

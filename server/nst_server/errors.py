@@ -7,7 +7,7 @@ RequestError
 ├── RequestIdReused      a request_id came before, with another request
 ├── JobEnded             a job has ended and changes no more
 ├── ModelNotFetched      a known feature model whose weights are not on this server
-├── QueueFull            too many jobs wait already
+├── QueueFull            too many jobs, or exports, wait already
 ├── StorageFull          the data folder takes no more
 ├── StorageReadOnly      the data folder cannot be written to
 ├── StorageDamaged       what is stored is not what was written
@@ -85,7 +85,7 @@ class ModelNotFetched(RequestError):
 
 
 class QueueFull(RequestError):
-    """Too many jobs wait already.
+    """Too many jobs, or exports, wait already.
 
     Attributes:
         retry_after_s: when a place may be free, seconds from now.
@@ -93,9 +93,19 @@ class QueueFull(RequestError):
 
     reason = "QUEUE_FULL"
 
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"the queue is full: {waiting} jobs wait already; try again in {retry_after_s:.0f} s")
+    def __init__(self, waiting: int, retry_after_s: float, what: str = "jobs") -> None:
+        super().__init__(f"the queue is full: {waiting} {what} wait already; try again in {retry_after_s:.0f} s")
         self.retry_after_s = retry_after_s
+
+
+class TooManyStreams(RequestError):
+    """As many streams are open as the server serves."""
+
+    reason = "TOO_MANY_STREAMS"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} streams are open already, as many as this server serves; try again later")
+        self.limit = limit
 
 
 class StorageFull(RequestError):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -18,16 +19,19 @@ from typing import Protocol
 
 import structlog
 
-from nst_server import messages
 from nst_server.messages import (
+    Cancel,
     Cancelled,
     Done,
     Ending,
     Failed,
+    Finish,
     Message,
     Order,
+    Progressed,
     Ready,
     Refused,
+    Suspend,
     Suspended,
     Task,
     WorkerConfig,
@@ -36,7 +40,17 @@ from nst_server.messages import (
 log = structlog.get_logger()
 
 MAX_BACKOFF_S = 30.0
-KILL_AFTER_S = 5.0
+
+OBEY_S: dict[type[Order], float] = {Cancel: 5.0, Finish: 30.0, Suspend: 30.0}
+"""How long a worker may take to end its task when it is told to, seconds, beside a few evaluations: a GPU that hangs
+never comes back. What is to be cancelled loses nothing by haste. To suspend includes a checkpoint of some hundred MiB,
+which may have to go to an object store."""
+
+PATIENCE = 3
+"""So many of the longest evaluations of the task until then. Those of the next scale take twice as long."""
+
+DEAD_AFTER_S = 1.0
+"""How long the system may take to end a process that was killed; one that waits for a broken driver may never end."""
 
 # Torch takes seconds to import. On Linux a process that has done so is there to be forked; macOS's libraries forbid it.
 CONTEXT: ForkServerContext | SpawnContext
@@ -84,10 +98,27 @@ class _Running:
     sent: bool = False
     orders: list[Order] = field(default_factory=list)
     """Those that came before the task was sent."""
+    heard: float = 0.0
+    """When the last message came, or the task went out; 0 before that."""
+    silence_s: float = 0.0
+    """The longest time between two messages."""
+    progressed: bool = False
+    """Whether an evaluation has been made, so that it is known how long they take."""
+    deadline: asyncio.TimerHandle | None = None
+    """When the worker is taken for hung, once it has been told to end the task."""
+
+    def hear(self, message: Message) -> None:
+        """Note that the worker said something."""
+        self.progressed |= isinstance(message, Progressed)
+        now = time.monotonic()
+        self.silence_s = max(self.silence_s, now - self.heard)
+        self.heard = now
 
 
 class ProcessExecutor:
     """A worker process. One that dies is replaced; its task ends as Failed with reason WORKER_DIED.
+
+    One that does not end its task when it is told to (see OBEY_S) is killed.
 
     Attributes:
         device: the device's name, once started.
@@ -118,7 +149,7 @@ class ProcessExecutor:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         ours, theirs = CONTEXT.Pipe()
-        await _warm()
+        await warm()
         arguments = (theirs, self._config, dict(os.environ))
         process = CONTEXT.Process(target=_worker_main, args=arguments, daemon=True, name="nst-worker")
         with theirs:
@@ -136,10 +167,15 @@ class ProcessExecutor:
     async def run(self, task: Task, report: Callable[[Message], None], orders: Iterable[Order] = ()) -> Ending:
         """Compute a task; see Executor."""
         assert self._running is None, "an executor computes one task at a time"
-        ending = asyncio.get_running_loop().create_future()
+        ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._running = running = _Running(task, report, ending, orders=list(orders))
         try:
             await self.ready()  # the process may have died since somebody asked
+            if ending.done():  # and its successor, too
+                return ending.result()
+            running.heard = time.monotonic()
+            for order in running.orders:
+                self._expect(order, running)
             await asyncio.to_thread(self._send, task, self._connection)
             running.sent = True
             for order in running.orders:
@@ -147,30 +183,53 @@ class ProcessExecutor:
             return await asyncio.shield(ending)
         finally:
             self._running = None
+            if running.deadline is not None:
+                running.deadline.cancel()
 
     def order(self, order: Order) -> None:
         """Pass an order on; see Executor."""
-        if self._running is not None and self._running.task.id == order.id:
-            if self._running.sent:
-                self._send(order, self._connection)
-            else:
-                self._running.orders.append(order)
+        running = self._running
+        if running is None or running.task.id != order.id:
+            return
+        if running.heard:  # else its worker is still starting
+            self._expect(order, running)
+        if running.sent:
+            self._send(order, self._connection)
+        else:
+            running.orders.append(order)
 
     async def close(self) -> None:
-        """End the worker process, by force if it does not follow or is still starting."""
+        """End the worker process in the middle of whatever it computes: what counts is kept elsewhere."""
         self._closing = True
         if self._replacing is not None:
             self._replacing.cancel()
             await asyncio.wait([self._replacing])
-        if self._process is not None and self._ready is not None and self._ready.done() and not self._ready.cancelled():
-            self._send(messages.Shutdown(), self._connection)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._gone.wait(), KILL_AFTER_S)
         if self._process is not None:
             self._process.kill()
-            await self._gone.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), DEAD_AFTER_S)
 
-    def _send(self, message: Task | Order | messages.Shutdown, connection: Connection | None) -> None:
+    def _expect(self, order: Order, running: _Running) -> None:
+        """Kill the worker if it does not end its task within a time of an order that says so."""
+        if (obey_s := OBEY_S.get(type(order))) is None:
+            return
+        if isinstance(order, Finish) and not running.progressed:
+            return  # it still has to make a picture; what is wanted of it would come to nothing if it were killed
+        limit_s = obey_s + PATIENCE * running.silence_s
+        loop = asyncio.get_running_loop()
+        if running.deadline is not None:
+            if running.deadline.when() <= loop.time() + limit_s:
+                return
+            running.deadline.cancel()
+        running.deadline = loop.call_later(limit_s, self._give_up, running)
+
+    def _give_up(self, running: _Running) -> None:
+        if self._process is not None and not running.ending.done():
+            silent_s = round(time.monotonic() - running.heard, 1)
+            log.warning("worker killed: it hangs", device=self.device, task=running.task.id, silent_s=silent_s)
+            self._process.kill()
+
+    def _send(self, message: Task | Order, connection: Connection | None) -> None:
         if connection is not None:
             with contextlib.suppress(OSError):  # a dead worker is noticed by the reader
                 connection.send(message)
@@ -184,7 +243,7 @@ class ProcessExecutor:
                     break
                 loop.call_soon_threadsafe(self._received, message)
             process.join()
-            loop.call_soon_threadsafe(self._died, process, _exit_description(process.exitcode))
+            loop.call_soon_threadsafe(self._died, process, exit_description(process.exitcode))
 
     def _received(self, message: Message) -> None:
         match message:
@@ -200,6 +259,7 @@ class ProcessExecutor:
                     running.ending.set_result(message)
             case _:
                 if self._running is not None and self._running.task.id == message.id:
+                    self._running.hear(message)
                     self._running.report(message)
 
     def _died(self, process: BaseProcess, how: str) -> None:
@@ -240,7 +300,7 @@ class ProcessExecutor:
             self._ready.set_exception(error)
 
 
-async def _warm() -> None:
+async def warm() -> None:
     """Wait until the process that workers are forked from, if there is one, can be."""
     os.environ |= SPINNING | os.environ
     loop, warm = asyncio.get_running_loop(), asyncio.Event()
@@ -272,5 +332,6 @@ def _worker_main(connection: Connection, config: WorkerConfig, environment: dict
     main(connection, config)
 
 
-def _exit_description(code: int | None) -> str:
+def exit_description(code: int | None) -> str:
+    """Return how a process ended."""
     return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"

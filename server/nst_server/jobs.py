@@ -6,6 +6,7 @@ Knows nothing of gRPC: a transport reads `Job.watch` and converts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -15,16 +16,19 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from nst_model.options import StylizeOptions
-from nst_server.errors import RequestError
+from nst_server.errors import RequestError, StorageUnavailable
 from nst_server.frames import Frame, Frames, Newest, Picture, PreviewSpec, Spooled
 from nst_server.images import EncodedImage, Encoding, ImageFormat
-from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage
+from nst_server.messages import Checkpoint, Done, Pictured, Progressed, StyleImage, StyleMoments
 
 if TYPE_CHECKING:
     from nst_server.images import Mask, Pixels
 
 HEARTBEAT_S = 10.0
 """A stream that has nothing to tell says so after this time."""
+
+EACH_STEP = 10
+"""A place in the queue nearer to the front than this is told at each step."""
 
 FOLLOW_S = 0.5
 """How often the archive is asked for news of a job on another server."""
@@ -71,7 +75,7 @@ class JobSpec:
     model: str
     options: StylizeOptions
     content: Pixels
-    styles: tuple[StyleImage, ...]
+    styles: tuple[StyleImage | StyleMoments, ...]
     preview_interval: int
     output: Encoding
     start: Pixels | None = None
@@ -198,6 +202,10 @@ class Archive(Protocol):
     async def file(self, sha256: str) -> bytes:
         """Return a result's file."""
 
+    @property
+    def read_only(self) -> RequestError | None:
+        """Why nothing that happens can be told, and probably will not be soon; None if it can, or will be."""
+
     def spool(self) -> BinaryIO:
         """Return an empty file for frames that wait, which is gone when it is closed."""
 
@@ -232,6 +240,7 @@ class Job:
         self.every_frame = False
         self._archive = archive
         self._now = self._shown = snapshot
+        self._told_position = snapshot.queue_position
         self._before = snapshot.sequence  # events up to this one are in the archive only
         self._log: list[Event] = []
         self._picture: Picture | None = None
@@ -255,7 +264,9 @@ class Job:
         return self._now
 
     def snapshot(self) -> JobSnapshot:
-        """Return the job as far as is durable."""
+        """Return the job as far as is durable, and its place in the queue as it is."""
+        if self._shown.state is self._now.state is JobState.QUEUED:
+            return replace(self._shown, queue_position=self._now.queue_position)
         return self._shown
 
     def attempted(self, attempt: int) -> None:
@@ -280,9 +291,12 @@ class Job:
             frames.offer(self._picture)
         self._wake()
 
-    def steered(self, options: StylizeOptions) -> None:
-        """Note that the job goes on with other options."""
-        self._now = replace(self._now, options=options)
+    def steered(self, options: StylizeOptions, iterations: int | None = None) -> None:
+        """Note that the job goes on with other options, and how many iterations that makes, if it is known."""
+        progress = self._now.progress
+        if progress is not None and iterations is not None:
+            progress = replace(progress, iterations=iterations)
+        self._now = replace(self._now, options=options, progress=progress)
         self._append(StateChanged(self._now))
 
     def finishing(self) -> None:
@@ -313,9 +327,15 @@ class Job:
         self._enter(JobState.QUEUED, device="", precision="")
 
     def moved(self, queue_position: int) -> None:
-        """Note that the queue moved on."""
-        if queue_position != self._now.queue_position:
-            self._now = replace(self._now, queue_position=queue_position)
+        """Note that the queue moved on; an event tells of it near the front, and at each halving further back.
+
+        Every step of every job would be as many events as the square of the queue's length.
+        """
+        if queue_position == self._now.queue_position:
+            return
+        self._now = replace(self._now, queue_position=queue_position)
+        if queue_position < EACH_STEP or not self._told_position / 2 < queue_position <= self._told_position:
+            self._told_position = queue_position
             self._append(StateChanged(self._now))
 
     def written(self, events: Sequence[Event], shown: JobSnapshot) -> None:
@@ -368,14 +388,16 @@ class Job:
         if self._picture is not None:
             frames.offer(self._picture)
         try:
-            yield self._event(self._shown, after)
+            yield self._event(self.snapshot(), after)
             cursor = after
             async for event in self._past(after):
-                cursor = event.sequence  # it may be one that has come since
+                cursor = event.sequence  # it may be one that has come since, even the last
                 yield event
+                if _is_last(event):
+                    return
             cursor = max(cursor, self._before)  # what is compacted is in the snapshot
             if self.elsewhere and not self._shown.state.terminal:
-                present = self._follow(cursor, heartbeat_s)
+                present = self._follow(cursor, wakeup, heartbeat_s)
             else:
                 present = self._present(cursor, told, frames, wakeup, heartbeat_s)
             async for event in present:
@@ -396,6 +418,8 @@ class Job:
         self, cursor: int, told: int, frames: Frames, wakeup: asyncio.Event, heartbeat_s: float
     ) -> AsyncGenerator[Event]:
         """Yield the events after a number that have been seen here, and those to come, with frames in between."""
+        loop = asyncio.get_running_loop()
+        quiet_until = loop.time() + heartbeat_s
         while True:
             wakeup.clear()
             while cursor < self._before + len(self._log):
@@ -407,33 +431,45 @@ class Job:
                     told = event.payload.iteration
                 cursor += 1
                 yield await self._whole(event)
+                quiet_until = loop.time() + heartbeat_s
             if self._shown.state.terminal:
                 return
-            if self._lost is not None:
-                raise self._lost
+            if (error := self._lost or self._archive.read_only) is not None:
+                raise error
             if frame := await frames.due(told):
                 yield self._event(frame, cursor)
+                quiet_until = loop.time() + heartbeat_s
                 continue
             try:
-                await asyncio.wait_for(wakeup.wait(), heartbeat_s)
-            except TimeoutError:
+                async with asyncio.timeout_at(quiet_until):
+                    await wakeup.wait()
+            except TimeoutError:  # pictures that cannot be shown yet are no sign of life
                 yield self._event(Heartbeat(), cursor)
+                quiet_until = loop.time() + heartbeat_s
 
-    async def _follow(self, cursor: int, heartbeat_s: float) -> AsyncGenerator[Event]:
+    async def _follow(self, cursor: int, wakeup: asyncio.Event, heartbeat_s: float) -> AsyncGenerator[Event]:
         """Yield what the archive tells of a job on another server after a number, up to its end; no pictures."""
         quiet_s = 0.0
         while self._lost is None:
-            for event in await self._archive.events(self.name, cursor):
+            for event in await self._news(cursor):
                 cursor, quiet_s = event.sequence, 0.0
                 yield await self._whole(event)
-                if isinstance(event.payload, StateChanged) and event.payload.job.state.terminal:
+                if _is_last(event):
                     return
-            await asyncio.sleep(FOLLOW_S)
+            with contextlib.suppress(TimeoutError):  # a server that stops says so at once
+                await asyncio.wait_for(wakeup.wait(), FOLLOW_S)
             quiet_s += FOLLOW_S
             if quiet_s >= heartbeat_s:
                 quiet_s = 0.0
                 yield self._event(Heartbeat(), cursor)
         raise self._lost
+
+    async def _news(self, cursor: int) -> list[Event]:
+        """Return some of the archive's events after a number; none while it does not answer."""
+        try:
+            return await self._archive.events(self.name, cursor)
+        except StorageUnavailable:
+            return []
 
     async def _whole(self, event: Event) -> Event:
         """Return an event with the file that belongs to it."""
@@ -445,6 +481,7 @@ class Job:
     def _enter(self, state: JobState, **changes: Any) -> None:
         assert not self.state.terminal, f"{self.name} is {self.state} and cannot become {state}"
         self._now = replace(self._now, state=state, queue_position=0, **changes)
+        self._told_position = 0
         self._append(StateChanged(self._now))
 
     def _end(self, state: JobState, **changes: Any) -> None:
@@ -463,6 +500,10 @@ class Job:
     def _wake(self) -> None:
         for watcher in self._watchers:
             watcher.set()
+
+
+def _is_last(event: Event) -> bool:
+    return isinstance(event.payload, StateChanged) and event.payload.job.state.terminal
 
 
 def _utc() -> datetime:

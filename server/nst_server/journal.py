@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
-from nst_server.errors import RequestError, StorageFull, StorageUnavailable
+from nst_server.errors import RequestError, StorageFull, StorageReadOnly, StorageUnavailable
 from nst_server.storage.database import JobStore
 from nst_server.storage.records import Batch
 
@@ -21,19 +22,33 @@ RETRY_S = 1.0
 AT_ONCE = 1000
 """Batches in one transaction."""
 
+PATIENCE_S = 10.0
+"""How long a store may take nothing, while another takes its place for instance, before callers are told."""
+
+FOR_A_WHILE = (StorageFull, StorageUnavailable)
+"""Why storage may take nothing for a while."""
+
+ALSO_READ_ONLY = (*FOR_A_WHILE, StorageReadOnly)
+"""The same of a database: while it is read-only, nobody can even write there that a job has failed of that."""
+
 T = TypeVar("T")
 
 
-async def patiently(work: Callable[[], Awaitable[T]], otherwise: str) -> T:
+async def patiently(
+    work: Callable[[], Awaitable[T]], otherwise: str, reasons: tuple[type[RequestError], ...] = FOR_A_WHILE
+) -> T:
     """Return what the work does, tried again for as long as the storage takes nothing: that is nobody's fault.
 
-    `otherwise` is what the log says each time.
+    `otherwise` is what the log says, once.
     """
+    waiting = False
     while True:
         try:
             return await work()
-        except (StorageFull, StorageUnavailable) as error:
-            log.error(f"{otherwise} yet", error=str(error))
+        except reasons as error:
+            if not waiting:
+                log.error(f"{otherwise} yet", error=str(error))
+            waiting = True
             await asyncio.sleep(RETRY_S)
 
 
@@ -48,11 +63,18 @@ class _Entry:
 class Journal:
     """One writer for all jobs of a server. What it was given is written once, or refused by the store, never lost.
 
-    While the store takes nothing (a full disk, a database that is away) entries wait; the optimization does not.
+    While the store takes nothing (a full disk, a database that is away or read-only) entries wait; the optimization
+    does not.
+
+    Attributes:
+        stuck: set while the store takes nothing.
     """
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
+        self.stuck = asyncio.Event()
+        self._refusal: RequestError | None = None
+        self._stuck_since = 0.0
         self._entries: list[_Entry] = []
         self._work = asyncio.Event()
         self._task = asyncio.create_task(self._write(), name="journal")
@@ -68,6 +90,26 @@ class Journal:
         self._entries.append(_Entry(None, lambda _: settled.set()))
         self._work.set()
         await settled.wait()
+
+    @property
+    def read_only(self) -> RequestError | None:
+        """Why nothing that happens can be told, if it is that the store has been read-only for PATIENCE_S."""
+        late = self._late()
+        return late if isinstance(late, StorageReadOnly) else None
+
+    async def durable(self, done: Awaitable[Any]) -> None:
+        """Wait for what happens when something is durable; raise why it is not if that takes longer than PATIENCE_S.
+
+        It is not undone then, and durable as soon as the store takes something.
+        """
+        waiting = asyncio.ensure_future(done)
+        try:
+            while not (await asyncio.wait([waiting], timeout=RETRY_S))[0]:
+                if (error := self._late()) is not None:
+                    raise error
+            waiting.result()
+        finally:
+            waiting.cancel()
 
     async def close(self, patience_s: float) -> None:
         """Write what is left, unless the store takes nothing for so long, and stop."""
@@ -88,9 +130,26 @@ class Journal:
                 try:
                     failures = iter(await self._store.append_many([entry.batch for entry in entries if entry.batch]))
                 except RequestError as error:
-                    log.error("events cannot be written yet", error=str(error), entries=len(self._entries))
+                    self._stick(error)
                     await asyncio.sleep(RETRY_S)
                     continue
+                self._go_on()
                 del self._entries[: len(entries)]
                 for entry in entries:
                     entry.settled(next(failures) if entry.batch else None)
+
+    def _late(self) -> RequestError | None:
+        return self._refusal if time.monotonic() - self._stuck_since > PATIENCE_S else None
+
+    def _stick(self, error: RequestError) -> None:
+        if type(error) is not type(self._refusal):
+            log.error("events cannot be written yet", error=str(error), entries=len(self._entries))
+            self._stuck_since = time.monotonic()
+        self._refusal = error
+        self.stuck.set()
+
+    def _go_on(self) -> None:
+        if self._refusal is not None:
+            log.info("events are written again", seconds=round(time.monotonic() - self._stuck_since))
+        self._refusal = None
+        self.stuck.clear()

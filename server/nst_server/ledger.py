@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import io
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +23,10 @@ from nst_server.errors import (
     RequestError,
     RequestIdReused,
     StorageDamaged,
+    StorageFull,
 )
-from nst_server.jobs import Event, Job, JobSnapshot, JobState
-from nst_server.journal import Journal, patiently
+from nst_server.jobs import FOLLOW_S, Event, Job, JobSnapshot, JobState
+from nst_server.journal import ALSO_READ_ONLY, Journal, patiently
 from nst_server.messages import Checkpoint
 from nst_server.requests import JobRequest
 from nst_server.storage.blobs import Blobs
@@ -37,6 +39,13 @@ log = structlog.get_logger()
 LEASE_S = 15.0
 """A server that has not renewed its leases for so long is taken for dead, and another takes its jobs."""
 
+OBEDIENCE_S = 2 * LEASE_S
+"""How long a command for another server may take to be obeyed: by then its successor would have done it."""
+
+
+async def _boundless(size: int) -> None:
+    pass
+
 
 class Ledger:
     """Everything durable of the jobs of one server. An `Archive` for its jobs.
@@ -46,6 +55,7 @@ class Ledger:
 
     Attributes:
         owner: this server, to others that use the same store.
+        make_room: makes room for so many bytes that are about to come; raises StorageFull. See `Housekeeper`.
     """
 
     def __init__(self, store: JobStore, blobs: Blobs, spool: Path | None) -> None:
@@ -54,6 +64,7 @@ class Ledger:
         self.blobs = blobs
         self._spool = spool
         self.journal = Journal(store)
+        self.make_room: Callable[[int], Awaitable[None]] = _boundless
         self._chores: set[asyncio.Task[None]] = set()
 
     async def close(self, patience_s: float) -> None:
@@ -93,6 +104,11 @@ class Ledger:
         except NotFound as error:
             raise StorageDamaged(f"the result images/{sha256} is not stored any more") from error
 
+    @property
+    def read_only(self) -> RequestError | None:
+        """Why nothing that happens can be told; see `jobs.Archive`."""
+        return self.journal.read_only
+
     def spool(self) -> BinaryIO:
         """Return an empty file that is gone when it is closed; see `jobs.Archive`."""
         if self._spool is None:
@@ -116,14 +132,14 @@ class Ledger:
             height=snapshot.height,
             request=request,
             owner=self.owner,
-            lease_until=_in(LEASE_S),
+            lease_until=_lease(await self.store.now()),
             **archive.columns(snapshot),
         )
         return await self.store.create(record, images=images)
 
     def job(self, record: JobRecord) -> Job:
         """Return a job as it is stored."""
-        job = Job(archive.snapshot_from_record(record), self)
+        job = Job(archive.snapshot_from_record(record), self, caller=record.request.get("machine", ""))
         job.checkpoint = archive.checkpoint_from_json(record.checkpoint)
         job.elsewhere = record.owner != self.owner
         return job
@@ -148,28 +164,69 @@ class Ledger:
         records = await self.store.list(caller, [state.value for state in states], page_size, before)
         return [self.job(record) for record in records]
 
-    async def claim(self, *, alone: bool) -> list[Job]:
+    async def claim(self, *, alone: bool) -> list[tuple[Job, Mapping[str, Any] | None]]:
         """Take the jobs that servers that are gone have left, and return them, the oldest first.
+
+        Each comes with the command that was left for it and not obeyed, if any.
 
         `alone` says that no other server can be using the store: then nobody's lease needs to run out.
         """
-        found = await self.store.claim(self.owner, _in(LEASE_S), None if alone else datetime.now(UTC))
-        return [self.job(record) for record in found]
+        now = await self.store.now()
+        found = await self.store.claim(self.owner, _lease(now), None if alone else now)
+        return [(self.job(record), record.command) for record in found]
 
     async def renew(self) -> dict[str, Any]:
         """Prolong the leases of this server's jobs; return their names, each with the command left for it, if any."""
-        return {f"jobs/{id}": command for id, command in (await self.store.renew(self.owner, _in(LEASE_S))).items()}
+        held = await self.store.renew(self.owner, _lease(await self.store.now()))
+        return {f"jobs/{id}": command for id, command in held.items()}
 
     async def command(self, job: Job, command: dict[str, Any]) -> None:
-        """Leave a command for the server that has a job. Raises Moved if it cannot be left now."""
-        if not await self.store.command(_id(job.name), command):
-            raise Moved(f"{job.name} is on another server, which has not carried out the last command yet")
+        """Leave a command for the server that has a job, and wait until it has been obeyed, or the job has ended.
 
-    async def delete(self, name: str) -> None:
-        """Delete a job with its events and checkpoints; its images go when nothing else holds them. Raises NotFound."""
-        await self.journal.flush()
-        await self.store.delete(_id(name))
-        await self.blobs.remove_below(f"checkpoints/{_id(name)}/")
+        Each command waits for the one before it. Raises Moved if no server obeys in the time that it takes to find that
+        one is gone; the command stays.
+        """
+        left = False
+        try:
+            async with asyncio.timeout(OBEDIENCE_S):
+                while True:
+                    left = left or await self.store.command(_id(job.name), command)
+                    record = await self.store.get(_id(job.name))
+                    if JobState(record.state).terminal or (left and record.command is None):
+                        return
+                    await asyncio.sleep(FOLLOW_S)
+        except TimeoutError:
+            raise Moved(f"{job.name} is on another server, which has not carried out the command yet") from None
+
+    async def obeyed(self, job: Job) -> None:
+        """Note that the command for a job was carried out."""
+        await self.store.obeyed(_id(job.name), self.owner)
+
+    async def over(self, job: Job) -> None:
+        """Wait until it is durable that a job has ended, unless the store takes nothing now: to delete makes room."""
+        waiting = [asyncio.create_task(job.ended()), asyncio.create_task(self.journal.stuck.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waiting:
+                wait.cancel()
+        job.check()
+
+    async def delete(self, name: str) -> int:
+        """Delete a job with its events, its checkpoints and the images that nothing else holds; return their bytes.
+
+        Raises NotFound.
+        """
+        id = _id(name)
+        freed = await self.store.delete(id, self.remove)
+        async for found in self.blobs.below(f"checkpoints/{id}/"):
+            await self.blobs.remove(found.key)
+            freed += found.bytes
+        return freed
+
+    async def remove(self, sha256s: Sequence[str]) -> None:
+        """Delete the files of some images."""
+        await self.blobs.delete(*sha256s)
 
     async def request(self, job: Job) -> JobRequest:
         """Return what was asked for, with names in place of image files."""
@@ -186,7 +243,7 @@ class Ledger:
         """Begin the next attempt at a queued job; return False if this server has it no more."""
         await self.journal.flush()
         begin = functools.partial(self.store.attempt, _id(job.name), self.owner)
-        record = await patiently(begin, f"{job.name} cannot begin")
+        record = await patiently(begin, f"{job.name} cannot begin", ALSO_READ_ONLY)
         if record is None:
             job.lost(Moved(f"{job.name} has been taken over by another server"))
             return False
@@ -196,10 +253,24 @@ class Ledger:
     async def keep_image(
         self, data: bytes, width: int, height: int, media_type: str, *, sha256: str = "", caller: str = ""
     ) -> None:
-        """Keep an image file."""
-        now = datetime.now(UTC)
+        """Keep an image file that came from outside. Raises StorageFull also if there is enough of them."""
         sha256 = sha256 or await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-        await self.store.add_image(ImageRecord(sha256, len(data), width, height, media_type, caller, now, now))
+        try:
+            await self.make_room(len(data))
+        except StorageFull:
+            if not await self.store.known({sha256}):
+                raise
+        await self.store.add_image(_image(sha256, data, (width, height), media_type, caller))
+        await self.blobs.put(data)
+
+    async def keep_result(self, job: Job, data: bytes, width: int, height: int, media_type: str) -> None:
+        """Keep the file of a job's result, however much there is already; the job holds it from now on."""
+        with contextlib.suppress(StorageFull):
+            await self.make_room(len(data))
+        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        record = _image(sha256, data, (width, height), media_type)
+        note = functools.partial(self.store.add_image, record, _id(job.name))
+        await patiently(note, f"the result of {job.name} cannot be noted", ALSO_READ_ONLY)
         await self.blobs.put(data)
 
     def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
@@ -231,10 +302,12 @@ class Ledger:
         return Fence(self.owner, job.now.attempt)
 
     def _refused(self, job: Job, failure: Exception) -> None:
-        """Give a job up whose events the store refuses: another server has it, or they cannot be written any more."""
+        """Give a job up whose events the store refuses: it is another server's, deleted, or cannot be written to."""
+        if job.gone:  # that has been said
+            return
         log.error("job lost", job=job.name, error=str(failure))
         moved = Moved(f"{job.name} has been taken over by another server")
-        job.lost(failure if isinstance(failure, StorageDamaged) else moved)
+        job.lost(failure if isinstance(failure, StorageDamaged | NotFound) else moved)
 
     def _later(self, work: Any) -> None:
         async def chore() -> None:
@@ -253,5 +326,10 @@ def _id(name: str) -> str:
     return name.removeprefix("jobs/")
 
 
-def _in(seconds: float) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=seconds)
+def _lease(now: datetime) -> datetime:
+    return now + timedelta(seconds=LEASE_S)
+
+
+def _image(sha256: str, data: bytes, size: tuple[int, int], media_type: str, caller: str = "") -> ImageRecord:
+    now = datetime.now(UTC)
+    return ImageRecord(sha256, len(data), *size, media_type, caller, now, now)

@@ -8,16 +8,17 @@ import re
 import uuid
 import weakref
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from nst_server import images
-from nst_server.errors import InvalidField, NotFound, PartMissing, StorageDamaged
+from nst_server.errors import InvalidField, NotFound, PartMissing, StorageDamaged, StorageFull
 from nst_server.ledger import Ledger
 from nst_server.storage.records import ImageRecord, UploadRecord
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-READ_BYTES = 2 * 1024 * 1024
+WHOLE_AT_ONCE = 2
+"""Uploads that are joined, checked and decoded at the same time: each takes its file's memory and its picture's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Library:
         self._ledger = ledger
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
+        self._completing = asyncio.Semaphore(WHOLE_AT_ONCE)
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def create(self, total_bytes: int, sha256: str, caller: str = "") -> Upload:
@@ -52,11 +54,16 @@ class Library:
         if sha256 and not SHA256.fullmatch(sha256):
             raise InvalidField("sha256", f"must be 64 hexadecimal digits, not {sha256[:80]!r}")
         upload = UploadRecord(uuid.uuid4().hex, caller, total_bytes, sha256, datetime.now(UTC))
-        here = bool(sha256) and await self._here(sha256, total_bytes)
-        if here:
-            upload = replace(upload, received=total_bytes)
-        await self._ledger.store.add_upload(upload)
-        return Upload(upload.id, total_bytes, upload.received, sha256 if here else "")
+        await self._ledger.store.add_upload(upload)  # from now on the image, if it is here, stays
+        if sha256 and await self._here(sha256, total_bytes):
+            await self._ledger.store.advance_upload(upload.id, 0, total_bytes)
+            return Upload(upload.id, total_bytes, total_bytes, sha256)
+        try:
+            await self._ledger.make_room(total_bytes)
+        except StorageFull:
+            await self._ledger.store.delete_upload(upload.id)
+            raise
+        return Upload(upload.id, total_bytes, 0)
 
     async def get(self, name: str) -> Upload:
         """Return how far an upload has come."""
@@ -84,6 +91,7 @@ class Library:
             raise PartMissing(record.received)
         if end > record.received:
             data, offset = data[record.received - offset :], record.received
+            await self._ledger.make_room(len(data))
             await blobs.put_part(record.id, offset, data)
             if not await store.advance_upload(record.id, offset, len(data)):
                 return await self.get(name)  # somebody else was faster
@@ -92,17 +100,31 @@ class Library:
 
     async def describe(self, name: str) -> ImageRecord:
         """Return what is known of an image."""
-        return await self._ledger.store.image(name.removeprefix("images/"))
+        sha256 = name.removeprefix("images/")
+        if not SHA256.fullmatch(sha256):
+            raise NotFound("name", f"there is no image {name!r}")
+        image = await self._ledger.store.image(sha256)
+        if not image.mime.startswith("image/"):  # a style file, which a job holds
+            raise NotFound("name", f"there is no image {name!r}")
+        return image
 
     async def read(self, image: ImageRecord, offset: int) -> AsyncIterator[tuple[int, bytes]]:
-        """Yield the parts of an image's file from an offset on, each with its own."""
-        while offset < image.bytes:
-            if not (data := await self._ledger.blobs.read(image.sha256, offset, READ_BYTES)):
-                raise StorageDamaged(f"the file of images/{image.sha256} ends at byte {offset} of {image.bytes}")
-            yield offset, data
-            offset += len(data)
+        """Yield the parts of an image's file from an offset on, each with its own.
+
+        Raises StorageDamaged before the last part if the file is not what it was.
+        """
+        try:
+            async for part in self._ledger.blobs.parts(image.sha256, image.bytes, offset):
+                yield part
+        except NotFound as error:
+            raise StorageDamaged(f"the file of images/{image.sha256} is not stored any more") from error
 
     async def _complete(self, record: UploadRecord) -> Upload:
+        async with self._completing:
+            return await self._whole(record)
+
+    async def _whole(self, record: UploadRecord) -> Upload:
+        """Make an image of an upload whose parts are here."""
         try:
             data = await self._ledger.blobs.assembled(record.id)
         except StorageDamaged:
@@ -112,6 +134,8 @@ class Library:
         try:
             sha256 = await asyncio.to_thread(self._checked, record, data)
             kind = await asyncio.to_thread(images.kind_of, data)
+            # Not forgotten yet: who loses this answer sends the last part again. And it holds the image from now on.
+            await self._ledger.store.complete_upload(record.id, sha256)
             await self._ledger.keep_image(
                 data, kind.width, kind.height, kind.media_type, sha256=sha256, caller=record.caller
             )
@@ -119,8 +143,6 @@ class Library:
             await self._ledger.store.delete_upload(record.id)
             await self._ledger.blobs.drop_parts(record.id)
             raise
-        # Not forgotten yet: who loses this answer sends the last part again.
-        await self._ledger.store.complete_upload(record.id, sha256)
         await self._ledger.blobs.drop_parts(record.id)
         return Upload(record.id, record.size, record.size, sha256)
 
@@ -137,7 +159,7 @@ class Library:
             noted = (await self._ledger.store.use(sha256)).bytes == total_bytes
         except NotFound:
             return False
-        return noted and await self._ledger.blobs.exists(sha256)  # images are noted first
+        return noted and await self._ledger.blobs.intact(sha256, total_bytes)  # else an upload mends it
 
 
 def _id(name: str) -> str:

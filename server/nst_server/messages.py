@@ -2,6 +2,8 @@
 
 The front sends tasks, one at a time, and orders for the current one; the worker answers each task with exactly one of
 the endings, and before that with `Started`, `Progressed`, `Pictured`, `Kept` and `Steered`.
+
+The process that exports is sent one `ExportTask` and answers with `Exported` or `NotExported`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nst_model.export_spec import ExportSpec
 from nst_model.options import StylizeOptions
 
 if TYPE_CHECKING:
@@ -71,6 +74,23 @@ class StyleImage:
 
 
 @dataclass(frozen=True)
+class StyleMoments:
+    """A style of a task without its images: what a style file holds.
+
+    Attributes:
+        file: the style file.
+        size_px: longer edge that the style has beside the finished picture.
+        weight: share of this style in the task; the shares sum to 1.
+        region: HW uint8 of the content's size, where the style belongs; None for wherever no other does.
+    """
+
+    file: bytes
+    size_px: int
+    weight: float
+    region: Mask | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A task's state after one iteration, among the blobs.
 
@@ -79,12 +99,14 @@ class Checkpoint:
         iteration: the last one made.
         elapsed_s: seconds spent on the task until then.
         data: the state itself, where there are no blobs to keep it in.
+        attempt: which attempt at the task it was made in.
     """
 
     key: str
     iteration: int
     elapsed_s: float
     data: bytes = b""
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,7 @@ class StylizeTask:
     id: str
     model: str
     content: Pixels
-    styles: tuple[StyleImage, ...]
+    styles: tuple[StyleImage | StyleMoments, ...]
     options: StylizeOptions
     frame_interval: int
     start: Pixels | None = None
@@ -165,11 +187,6 @@ class EveryFrame:
 
 
 Order = Cancel | Steer | Finish | Suspend | EveryFrame
-
-
-@dataclass(frozen=True)
-class Shutdown:
-    """End the process at once, in the middle of whatever is being computed."""
 
 
 @dataclass(frozen=True)
@@ -237,10 +254,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Steered:
-    """The task goes on with these options."""
+    """The task goes on with these options, which make so many iterations, those that were made included."""
 
     id: str
     options: StylizeOptions
+    iterations: int
 
 
 @dataclass(frozen=True)
@@ -279,3 +297,49 @@ class Failed:
 
 Ending = Done | Cancelled | Suspended | Failed
 Message = Ready | Refused | Started | Progressed | Pictured | Kept | Steered | Ending
+
+
+@dataclass(frozen=True)
+class ModelExport:
+    """Write a feature model to a file. `weights` is the file that they are in, None for the cache."""
+
+    spec: ExportSpec
+    weights: Path | None
+
+
+@dataclass(frozen=True)
+class StyleExport:
+    """Write the moments of a style to a file.
+
+    Attributes:
+        model: the feature model.
+        weights: the file that its weights are in, None for the cache.
+        images: the style's, of the size that they have beside a finished picture, with their shares.
+        options: of the jobs that the file is to serve.
+        display_name: a name of the style for people.
+    """
+
+    model: str
+    weights: Path | None
+    images: tuple[StyleImage, ...]
+    options: StylizeOptions
+    display_name: str
+
+
+ExportTask = ModelExport | StyleExport
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The file is written. `size` is in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class NotExported:
+    """The file was not written. `reason` and `message` as in `nst_server.errors`."""
+
+    reason: str
+    message: str

@@ -28,13 +28,14 @@ Source = bytes | ImageName
 
 @dataclass(frozen=True)
 class JobStyle:
-    """A style of a request: the name of a stored one, or image files with their weights."""
+    """A style of a request: the name of a stored one, image files with their weights, or a style file."""
 
     weight: float
     name: str = ""
     files: tuple[tuple[Source, float], ...] = ()
     region: Source | None = None
     style_region: Source | None = None
+    moments: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ class JobRequest:
             field = f"styles[{number}]"
             files = tuple([(await file(source, f"{field}.image"), weight) for source, weight in style.files])
             masks = {name: await file(getattr(style, name), f"{field}.{name}") for name in ("region", "style_region")}
-            styles.append(dataclasses.replace(style, files=files, **masks))
+            moments = await file(style.moments, f"{field}.style")
+            styles.append(dataclasses.replace(style, files=files, moments=moments, **masks))
         content, start = await file(self.content, "content"), await file(self.init_image, "init_image")
         return dataclasses.replace(self, content=content, init_image=start, styles=styles)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Return a resolved request as JSON, and its image files by SHA-256."""
+        """Return a resolved request as JSON, and its files by SHA-256."""
         files: dict[str, bytes] = {}
 
         def kept(source: Source | None) -> str | None:
@@ -88,6 +90,8 @@ class JobRequest:
                     "files": [[kept(source), weight] for source, weight in style.files],
                     "region": kept(style.region),
                     "style_region": kept(style.style_region),
+                    # Only where there is one: a request must not become another with another version of the server.
+                    **({} if style.moments is None else {"moments": kept(style.moments)}),
                 }
                 for style in self.styles
             ],
@@ -116,6 +120,7 @@ class JobRequest:
                     tuple((named(sha256), weight) for sha256, weight in style["files"]),
                     named(style["region"]),
                     named(style["style_region"]),
+                    named(style.get("moments")),
                 )
                 for style in described["styles"]
             ],

@@ -54,6 +54,10 @@ MAX_PREPARATIONS = 64
 MAX_DEATHS = 3
 """Workers that may die of one job, one after the other without a checkpoint in between, before it has failed."""
 
+MAX_ATTEMPTS = 10
+"""Attempts at a job, one after the other without a checkpoint in between, before it has failed: those that took the
+whole server with them are counted nowhere else."""
+
 SUSPEND_S = 5.0
 """Of the grace at a stop: how long workers get to keep the state of what they compute, seconds; at most half of it."""
 
@@ -73,8 +77,8 @@ class Keeping(Protocol):
     async def attempt(self, job: Job) -> bool:
         """Begin the next attempt at a queued job; return False if this server has it no more."""
 
-    async def keep_image(self, data: bytes, width: int, height: int, media_type: str) -> None:
-        """Keep an image file."""
+    async def keep_result(self, job: Job, data: bytes, width: int, height: int, media_type: str) -> None:
+        """Keep the file of a job's result."""
 
     def keep_checkpoint(self, job: Job, checkpoint: Checkpoint) -> None:
         """Note a job's newest checkpoint."""
@@ -342,9 +346,16 @@ class Scheduler:
         self._running[job.name] = run = _Run(job, executor)
         self._renumber()
         began = time.monotonic()
+        ending: Ending | None
         try:
             task = await self._task(job)
-            ending = None if task is None else await run.ending(task, lambda message: self._note(run, message))
+            if task is None:
+                ending = None
+            elif task.attempt - (task.checkpoint.attempt if task.checkpoint else 0) > MAX_ATTEMPTS:
+                text = f"{MAX_ATTEMPTS} attempts ended with their worker or server before anything was kept of them"
+                ending = Failed(job.name, "GIVEN_UP", text)
+            else:
+                ending = await run.ending(task, lambda message: self._note(run, message))
         except RequestError as error:
             ending = Failed(job.name, error.reason, str(error))
         except Exception as error:  # the loop that serves the executor must go on
@@ -432,7 +443,7 @@ class Scheduler:
             )
             media_type = MEDIA_TYPES[output.format]
             await patiently(
-                lambda: self._ledger.keep_image(image.data, image.width, image.height, media_type),
+                lambda: self._ledger.keep_result(job, image.data, image.width, image.height, media_type),
                 f"the result of {job.name} cannot be kept",
             )
         except asyncio.CancelledError:  # the server stops: the next one has the last checkpoint
@@ -483,7 +494,7 @@ class Scheduler:
             case Pictured():
                 job.pictured(message)
             case Steered():
-                job.steered(message.options)
+                job.steered(message.options, message.iterations)
                 if run.options:
                     run.options.popleft()[1].set_result(None)
             case Kept():

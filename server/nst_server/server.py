@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -32,25 +33,43 @@ from nst_server.housekeeping import Housekeeper
 from nst_server.ledger import Ledger
 from nst_server.library import Library
 from nst_server.messages import WorkerConfig
-from nst_server.services import Admission, ImageServicer, ModelServicer, StyleServicer, StyleTransferServicer
+from nst_server.services import (
+    Admission,
+    ImageServicer,
+    ModelServicer,
+    Streams,
+    StyleServicer,
+    StyleTransferServicer,
+)
 from nst_server.settings import Settings
 from nst_server.storage.blobs import MEMORY, Blobs
 from nst_server.storage.database import JobStore
 
 log = structlog.get_logger()
 
-SERVICES = (
-    style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"].full_name,
-    style_service_pb2.DESCRIPTOR.services_by_name["StyleService"].full_name,
-    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-    image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name,
+DESCRIPTORS = (
+    style_transfer_service_pb2.DESCRIPTOR.services_by_name["StyleTransferService"],
+    style_service_pb2.DESCRIPTOR.services_by_name["StyleService"],
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],
+    image_service_pb2.DESCRIPTOR.services_by_name["ImageService"],
 )
-AFTERMATH_S = 2.0
-"""How long streams get to deliver their last events once their jobs have ended, seconds."""
+SERVICES = tuple(service.full_name for service in DESCRIPTORS)
+AFTERMATH_S = 4.0
+"""Of the grace at a stop: what is left when the jobs are done with, for their last events to be written and delivered,
+for the workers and the storage to be closed, and for the process to end, seconds; at most half of it."""
+
+STREAMS_S = 1.0
+"""Of that: how long streams get to deliver their last events at most, seconds."""
+
+LEAST_AFTERMATH_S = 1.0
+"""A stop without any grace takes so long if a client or the storage does not answer."""
 
 KEEPALIVE_S = 30
 """A client that says nothing for so long is asked whether it is still there: one whose machine has lost its power or
 network says no goodbye."""
+
+MAX_OTHER_CALLS = 1000
+"""Calls served at once beside the streams. gRPC itself refuses more, in its own words."""
 
 MAX_PORT = 65_535
 
@@ -114,9 +133,15 @@ class Server:
         settings = self._settings
         self._ledger = await self._open()
         self._application = application = Application(settings, self._ledger)
+        keep = timedelta(days=settings.keep_days) if settings.keep_days else None
+        keep_bytes = round(settings.keep_gib * 2**30) if settings.keep_gib else None
+        housekeeper = Housekeeper(self._ledger, application.delete_job, keep, keep_bytes)
         self._grpc = grpc.aio.server(
-            interceptors=[Admission(application, settings.write_timeout_s)],
-            maximum_concurrent_rpcs=settings.max_streams,
+            interceptors=[
+                Streams(_streaming(), settings.max_streams),
+                Admission(application, settings.write_timeout_s),
+            ],
+            maximum_concurrent_rpcs=settings.max_streams + MAX_OTHER_CALLS,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * 1024 * 1024),
                 ("grpc.so_reuseport", 0),
@@ -133,8 +158,12 @@ class Server:
         style_transfer_service_pb2_grpc.add_StyleTransferServiceServicer_to_server(
             StyleTransferServicer(application, settings.write_timeout_s), self._grpc
         )
-        style_service_pb2_grpc.add_StyleServiceServicer_to_server(StyleServicer(application), self._grpc)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(application), self._grpc)
+        style_service_pb2_grpc.add_StyleServiceServicer_to_server(
+            StyleServicer(application, settings.write_timeout_s), self._grpc
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(application, settings.write_timeout_s), self._grpc
+        )
         max_bytes = settings.max_image_mib * 1024 * 1024
         library = Library(self._ledger, max_bytes, settings.max_megapixels * 1_000_000)
         image_service_pb2_grpc.add_ImageServiceServicer_to_server(
@@ -148,16 +177,20 @@ class Server:
         await self._grpc.start()
         await self._start_workers()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        keep = timedelta(days=settings.keep_days) if settings.keep_days else None
-        keep_bytes = round(settings.keep_gib * 2**30) if settings.keep_gib else None
-        self._housekeeping = asyncio.create_task(Housekeeper(self._ledger, keep, keep_bytes).run(), name="housekeeping")
+        self._housekeeping = asyncio.create_task(housekeeper.run(), name="housekeeping")
         self.starting = False
         log.info("serving", address=self.address, devices=[executor.device for executor in self.executors])
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop."""
+        """Take no more jobs, let the running ones go on for a while, tell every stream how its job ended, and stop.
+
+        Whatever does not answer (a worker, a client, the storage), all of that takes no longer than the grace.
+        """
         if self._stopped:
             return
+        grace_s = self._settings.grace_s if grace_s is None else grace_s
+        aftermath_s = max(LEAST_AFTERMATH_S, min(AFTERMATH_S, grace_s / 2))
+        end = time.monotonic() + max(grace_s, aftermath_s)
         served = not self.starting  # else whoever called `start` has the one line that matters
         if served:
             log.info("stopping")
@@ -166,12 +199,15 @@ class Server:
             self._housekeeping.cancel()
             await asyncio.wait([self._housekeeping])
         if self._application is not None:
-            await self._application.stop(self._settings.grace_s if grace_s is None else grace_s)
-        if self._grpc is not None:
-            await self._grpc.stop(AFTERMATH_S)
-        await asyncio.gather(*(executor.close() for executor in self.executors))
+            await self._application.stop(max(0.0, grace_s - aftermath_s))
+        streams = [] if self._grpc is None else [self._grpc.stop(min(STREAMS_S, _half_until(end)))]
+        await asyncio.gather(*streams, *(executor.close() for executor in self.executors))
         if self._ledger is not None:
-            await self._ledger.close(AFTERMATH_S)
+            try:
+                async with asyncio.timeout(2 * _half_until(end)):
+                    await self._ledger.close(_half_until(end))
+            except TimeoutError:
+                log.error("the storage does not answer; jobs not given up")
         if self._lock is not None:
             self._lock.release()
         self._stopped = True
@@ -236,6 +272,21 @@ class Server:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _streaming() -> list[str]:
+    """Return the full names of the contract's methods that stream."""
+    return [
+        f"/{service.full_name}/{method.name}"
+        for service in DESCRIPTORS
+        for method in service.methods
+        if method.server_streaming
+    ]
+
+
+def _half_until(end: float) -> float:
+    """Return half of the seconds until a time of the monotonic clock; something, even if it has passed."""
+    return max(0.1, end - time.monotonic()) / 2
 
 
 def _check_free(listen: str) -> None:

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from typing import Any, Self, TypeVar
 
 import grpc
 import structlog
 from google.protobuf import empty_pb2
 
 from nst.v1 import (
+    file_pb2,
     image_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
@@ -24,9 +25,19 @@ from nst.v1 import (
 )
 from nst_server import convert
 from nst_server.application import Application
-from nst_server.errors import Internal, InvalidField, Moved, RequestError, Stopping, Unread
+from nst_server.errors import (
+    Internal,
+    InvalidField,
+    Moved,
+    QueueFull,
+    RequestError,
+    Stopping,
+    TooManyStreams,
+    Unread,
+)
+from nst_server.exports import ExportedFile
 from nst_server.frames import PreviewSpec
-from nst_server.jobs import Job
+from nst_server.jobs import Event, Job, StateChanged
 from nst_server.library import Library
 from nst_server.status import abort
 from nst_server.styles import Style
@@ -41,8 +52,30 @@ STATUS_TIMEOUT_S = 10.0
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
-_place: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("place")
-"""What the call that is being served holds in the queue."""
+ASKING = 2
+"""Requests that are received at once while the queue is full, to see whether they have made a job before."""
+
+ASKING_S = 10.0
+"""How long one of them waits for that."""
+
+
+class _Place(contextlib.ExitStack):
+    """What a call that makes a job holds until it is answered: its place in the queue.
+
+    Attributes:
+        taken: whether it holds one; if not, it may ask for a job that it made before.
+        upload: what ends a call whose request is never complete.
+    """
+
+    taken = True
+    upload: asyncio.TimerHandle
+
+    def __enter__(self) -> Self:
+        self.upload.cancel()
+        return super().__enter__()
+
+
+_place: contextvars.ContextVar[_Place] = contextvars.ContextVar("place")
 
 
 def refusing(method: Method) -> Method:
@@ -52,19 +85,24 @@ def refusing(method: Method) -> Method:
     async def wrapped(self: Any, request: Any, context: Any) -> Any:
         try:
             return await method(self, request, context)
-        except Unread as error:
-            # The status waits behind what was not read. A client that leaves it there too loses the call without one.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STATUS_TIMEOUT_S):
-                    await abort(context, error)
         except RequestError as error:
-            await abort(context, error)
+            refusal = error
         except (grpc.aio.BaseError, grpc.aio.AbortError):
             raise
         except Exception:
             # What went wrong inside is the operator's affair, and may name files.
             log.exception("call failed", method=method.__name__)
-            await abort(context, Internal("the server failed to answer; its log says why"))
+            refusal = Internal("the server failed to answer; its log says why")
+        # gRPC keeps what aborts a call, and with it all frames that it came through: no image must be in them.
+        del request
+        refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
+        if not isinstance(refusal, Unread):
+            await abort(context, refusal)
+        # The status waits behind what was not read. A client that leaves it there too loses the call without one.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                await abort(context, refusal)
+        return None
 
     return wrapped  # type: ignore[return-value]
 
@@ -73,28 +111,73 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Holds a place in the queue for each call that makes a job, or refuses it, before its images are received.
 
     gRPC receives a request before it calls the servicer, and a few hundred requests full of images fill the memory.
+    One that was sent before needs no place. Which are those only their `request_id` tells, so with a full queue they
+    are received too, a few at a time.
     """
 
     def __init__(self, application: Application, upload_timeout_s: float) -> None:
         self._application = application
         self._upload_timeout_s = upload_timeout_s
+        self._asking = asyncio.Semaphore(ASKING)
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
         if details.method in JOB_MAKERS:
-            held = contextlib.ExitStack()
-            try:
-                held.enter_context(self._application.place())
-            except RequestError as error:
-                return _refusal(error)
-            _place.set(held)
+            held = _Place()
             # The servicer gives the place back; this is for a client that goes away before its request is complete.
             task = asyncio.current_task()
             assert task is not None
             task.add_done_callback(lambda _: held.close())
+            try:
+                await self._admit(held)
+            except RequestError as error:
+                return _refusal(error)
             # And this for one that stays and never completes it.
-            held.callback(asyncio.get_running_loop().call_later(self._upload_timeout_s, task.cancel).cancel)
+            held.upload = asyncio.get_running_loop().call_later(self._upload_timeout_s, task.cancel)
+            held.callback(held.upload.cancel)
+            _place.set(held)
         return await continuation(details)
+
+    async def _admit(self, held: _Place) -> None:
+        """Let a call hold a place, or the right to ask without one. Raises RequestError."""
+        try:
+            held.enter_context(self._application.place())
+        except QueueFull as full:
+            try:
+                async with asyncio.timeout(ASKING_S):
+                    await self._asking.acquire()
+            except TimeoutError:
+                raise full from None
+            held.callback(self._asking.release)
+            held.taken = False
+
+
+class Streams(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses streams beyond a number. Other calls pass: whoever has filled it with streams must be able to cancel.
+
+    Args:
+        methods: full names of those that stream, `/nst.v1.StyleTransferService/WatchJob` for instance.
+        limit: how many calls of them there may be at once.
+    """
+
+    def __init__(self, methods: Collection[str], limit: int) -> None:
+        self._methods = frozenset(methods)
+        self._limit = limit
+        self._open = 0
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Choose the handler of a call; see grpc.aio.ServerInterceptor."""
+        if details.method in self._methods:
+            if self._open >= self._limit:
+                return _refusal(TooManyStreams(self._limit))
+            self._open += 1
+            task = asyncio.current_task()
+            assert task is not None, "gRPC serves each call in a task"
+            task.add_done_callback(self._close)
+        return await continuation(details)
+
+    def _close(self, _: object) -> None:
+        self._open -= 1
 
 
 def _refusal(error: RequestError) -> Any:
@@ -121,6 +204,29 @@ async def _write(context: Any, message: Any, timeout_s: float, resource: str) ->
         raise asyncio.CancelledError from None
 
 
+async def _send_file(made: AsyncGenerator[ExportedFile | None], request: Any, context: Any, timeout_s: float) -> None:
+    """Write a file to a stream, from the request's offset on, with signs of life while it is being made.
+
+    Who breaks off the call does not want the file any more. Raises InvalidField, Unread, and what `made` does.
+    """
+    async with contextlib.aclosing(made):
+        if request.offset < 0:
+            raise InvalidField("offset", f"must be at least 0, not {request.offset}")
+        async for file in made:
+            if file is None:
+                await _write(context, file_pb2.FilePart(), timeout_s, "an export")
+                continue
+            offset = request.offset if request.sha256.lower() in ("", file.sha256) else 0
+            if offset > file.size:
+                raise InvalidField("offset", f"must be from 0 to {file.size}, not {offset}")
+            whole = False
+            while not whole:
+                data = await file.read(offset, convert.PART_BYTES)
+                await _write(context, convert.file_part_to_proto(file, offset, data), timeout_s, file.name)
+                offset += len(data)
+                whole = offset >= file.size
+
+
 class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
     """Makes pictures."""
 
@@ -131,24 +237,27 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     @refusing
     async def Stylize(self, request: Any, context: Any) -> None:  # noqa: N802 - the contract's name
         """Create a job and stream its events; unless the caller wants otherwise the job ends when the call does."""
-        with _place.get():
+        with _place.get() as place:
             asked = convert.request_from_proto(request)
-            job = await self._application.create_job(asked, _caller(context), owned=asked.cancel_on_disconnect)
+            job, new = await self._application.create_job(
+                asked, _caller(context), owned=asked.cancel_on_disconnect, placed=place.taken
+            )
         try:
             await self._stream(job, asked.preview, 0, style_transfer_service_pb2.StylizeResponse, context)
         except (Moved, Stopping):  # which is no wish of the caller: the job goes on
             raise
         except BaseException:
             # Not only on CancelledError: a client that dies during a blocked write raises other things, or nothing.
-            if asked.cancel_on_disconnect:
+            if new and asked.cancel_on_disconnect:  # another call's job is not this one's
                 self._application.cancel(job)
             raise
 
     @refusing
     async def CreateJob(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Create a job."""
-        with _place.get():
-            job = await self._application.create_job(convert.request_from_proto(request.request), _caller(context))
+        with _place.get() as place:
+            asked = convert.request_from_proto(request.request)
+            job, _ = await self._application.create_job(asked, _caller(context), placed=place.taken)
         return self._described(job)
 
     @refusing
@@ -202,13 +311,18 @@ class StyleTransferServicer(style_transfer_service_pb2_grpc.StyleTransferService
     def _described(self, job: Job) -> Any:
         return convert.job_to_proto(job.snapshot(), self._application.scheduler.estimated_start_s(job))
 
+    def _estimated_start_s(self, job: Job, event: Event) -> float | None:
+        """Return what `Scheduler.estimated_start_s` does, for an event that says how the job is now."""
+        told = event.payload.job if isinstance(event.payload, StateChanged) else event.payload
+        return self._application.scheduler.estimated_start_s(job) if told == job.snapshot() else None
+
     async def _stream(
         self, job: Job, preview: PreviewSpec, after: int, response: Callable[..., Any], context: Any
     ) -> None:
         """Write a job's events. Raises Unread if the client does not read them."""
         async with contextlib.aclosing(self._application.watch(job, preview, after)) as events:
             async for event in events:
-                for message in convert.event_to_proto(event):
+                for message in convert.event_to_proto(event, self._estimated_start_s(job, event)):
                     await _write(context, response(event=message), self._write_timeout_s, job.name)
 
 
@@ -253,8 +367,9 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):
     """Keeps styles."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, write_timeout_s: float) -> None:
         self._application = application
+        self._write_timeout_s = write_timeout_s
 
     @refusing
     async def CreateStyle(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
@@ -284,15 +399,29 @@ class StyleServicer(style_service_pb2_grpc.StyleServiceServicer):
         await self._application.delete_style(request.name)
         return empty_pb2.Empty()
 
+    @refusing
+    async def ExportStyle(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Make a style file and stream it."""
+        options = convert.options_from_proto(request.options) if request.options.ListFields() else None
+        made = await self._application.export_style(request.name, request.model, options)
+        await _send_file(made, request, context, self._write_timeout_s)
+
+    @refusing
+    async def ImportStyle(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        """Store the style in a style file."""
+        style = await self._application.import_style(request.style_id, request.display_name, request.data)
+        return await self._described(style)
+
     async def _described(self, style: Style) -> Any:
         return convert.style_to_proto(style, await asyncio.to_thread(self._application.prepared, style))
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
-    """Lists feature models."""
+    """Lists and exports feature models."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, write_timeout_s: float) -> None:
         self._application = application
+        self._write_timeout_s = write_timeout_s
 
     @refusing
     async def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
@@ -302,3 +431,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         default = self._application.default_model
         listed = [convert.model_to_proto(card, sha256, default=card.name == default) for card, sha256 in models]
         return model_service_pb2.ListModelsResponse(models=listed, next_page_token=token)
+
+    @refusing
+    async def ExportModel(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Make a file of a feature model and stream it."""
+        spec = convert.export_from_proto(request, self._application.default_model)
+        made = await self._application.export_model(spec)
+        await _send_file(made, request, context, self._write_timeout_s)

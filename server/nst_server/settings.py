@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     listen: str = Field("localhost:50051", description="Address and port to listen on; port 0 takes a free one.")
     data_dir: Path = Field(
         platformdirs.user_data_path("nst"),
-        description="Folder of jobs, images, stored styles and their Gram matrices; made if it is not there. "
+        description="Folder of jobs, images, stored styles, their Gram matrices and exports; made if it is not there. "
         "One server uses it at a time.",
     )
     database: str = Field(
@@ -58,14 +58,17 @@ class Settings(BaseSettings):
         default=False, description="Keep jobs, images and checkpoints in memory only: they end with the server."
     )
     keep_days: float = Field(
-        30, ge=0, le=36_500, description="An ended job is deleted so many days after its end; 0 keeps it for ever."
+        30,
+        ge=0,
+        le=36_500,
+        description="A job is deleted so many days after it ended or was paused; 0 keeps it for ever.",
     )
     keep_gib: float = Field(
         20,
         ge=0,
         le=1_000_000,
-        description="Ended jobs are deleted, the oldest first, while the images of all jobs together are larger, GiB; "
-        "0 for no limit.",
+        description="Images, uploads and checkpoints may take so much together, GiB: what nobody holds goes, then "
+        "jobs that ended or are paused, the oldest first; what comes is refused if that is not enough. 0 for no limit.",
     )
     devices: list[str] = Field(
         ["auto"],
@@ -92,9 +95,12 @@ class Settings(BaseSettings):
         description="Memory that a job may take of its device, GiB; one that would take more is refused. "
         "0 stands for what the device has.",
     )
-    max_streams: int = Field(1000, ge=1, le=100_000, description="Calls served at once; one more is refused.")
+    max_streams: int = Field(1000, ge=1, le=100_000, description="Streams served at once; one more is refused.")
     gram_cache_mib: int = Field(
         1024, ge=16, le=1_048_576, description="Disk space for Gram matrices, MiB; the oldest go first."
+    )
+    export_cache_mib: int = Field(
+        1024, ge=1, le=1_048_576, description="Disk space for exported files, MiB; those not used for longest go first."
     )
     write_timeout_s: float = Field(
         60,
@@ -102,7 +108,13 @@ class Settings(BaseSettings):
         le=86_400,
         description="How long a client may leave its request unfinished or its stream unread, seconds.",
     )
-    grace_s: float = Field(15, ge=0, le=86_400, description="How long running jobs may go on after SIGTERM, seconds.")
+    grace_s: float = Field(
+        15,
+        ge=0,
+        le=86_400,
+        description="How long a stop takes at most after SIGTERM, seconds. Running jobs may go on for all of it but "
+        "the last 4 s (or half of it, if that is less).",
+    )
     log_format: Literal["console", "json"] = Field("console", description="How the log is written.")
 
     _toml: ClassVar[Path | None] = None

@@ -26,6 +26,7 @@ from nst_server.errors import (
     StorageFull,
     StorageReadOnly,
     StorageUnavailable,
+    TooManyStreams,
     Unread,
 )
 
@@ -39,6 +40,7 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
     JobEnded: grpc.StatusCode.FAILED_PRECONDITION,
     ModelNotFetched: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooManyStreams: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StorageReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
     StorageDamaged: grpc.StatusCode.DATA_LOSS,
@@ -76,6 +78,9 @@ def _details(error: RequestError) -> list[Any]:
             field=_short(error.field), description=_short(error.problem)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, TooManyStreams):
+        quota = error_details_pb2.QuotaFailure.Violation(subject="streams", description=str(error))
+        details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     if isinstance(error, QueueFull):
         details.append(_retry(error.retry_after_s))
     if isinstance(error, Stopping | Moved | StorageUnavailable):

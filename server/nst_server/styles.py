@@ -1,7 +1,8 @@
 """Stored styles: one folder each, written whole or not at all.
 
-styles/{id}/style.json       what is known of it
-styles/{id}/{sha256}.image   its image files, as they came
+styles/{id}/style.json             what is known of it
+styles/{id}/{sha256}.image         its image files, as they came
+styles/{id}/{sha256}.safetensors   of an imported style, which has no images, its style file
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -42,18 +45,48 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class StyleFile:
+    """What is known of the file of an imported style, all by itself.
+
+    Attributes:
+        size: of the file, bytes.
+        model: the feature model.
+        model_sha256: of the file that the model's weights were published in.
+        sizes_px: longer edges that the style images were brought to, ascending.
+        layers: in the model's order.
+        images: what the style was made of; their width and height are 0.
+    """
+
+    sha256: str
+    size: int
+    model: str
+    model_sha256: str
+    pooling: str
+    padding: str
+    sizes_px: tuple[int, ...]
+    layers: tuple[str, ...]
+    images: tuple[StoredImage, ...]
+
+
+@dataclass(frozen=True)
 class Style:
-    """A stored style, without its images' bytes."""
+    """A stored style, without its files. It has images, or was imported with a `file`."""
 
     id: str
     display_name: str
     images: tuple[StoredImage, ...]
     create_time: datetime
+    file: StyleFile | None = None
 
     @property
     def name(self) -> str:
         """Resource name."""
         return f"styles/{self.id}"
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What makes it another style than others."""
+        return self.images, self.display_name, self.file
 
 
 @dataclass(frozen=True)
@@ -62,18 +95,17 @@ class StyleStore:
 
     folder: Path
 
-    def create(self, style_id: str, display_name: str, images: Sequence[tuple[StoredImage, bytes]]) -> Style:
-        """Store a style and return it; the same content under the same id returns what is there.
+    def create(self, style: Style, files: Sequence[bytes]) -> Style:
+        """Store a style and return it; the same content under the same id, or under none, returns what is there.
 
-        Raises InvalidField for a malformed id, AlreadyExists for other content, StorageFull.
+        `files` are those of its images in their order, or the one that it was imported with. Raises InvalidField for a
+        malformed id, AlreadyExists for other content, StorageFull.
         """
-        described = tuple(image for image, _ in images)
-        style_id = style_id or _content_id(described, display_name)
-        if not ID.fullmatch(style_id):
-            raise InvalidField("style_id", f"must match {ID.pattern}, not {style_id!r}")
-        style = Style(style_id, display_name, described, datetime.now(UTC))
+        style = replace(style, id=style.id or _content_id(style))
+        if not ID.fullmatch(style.id):
+            raise InvalidField("style_id", f"must match {ID.pattern}, not {style.id!r}")
         try:
-            if not self._write(style, images):
+            if not self._write(style, files):
                 return self._same(style)
         except OSError as error:
             raise refusal(error, "the style was not stored: the data folder") or error from error
@@ -92,12 +124,22 @@ class StyleStore:
             raise NotFound(field, f"the style {name!r} is damaged; delete it and create it again") from error
         raise NotFound(field, f"there is no style {name!r}")
 
+    def paths(self, style: Style) -> list[Path]:
+        """Return where the files are that a style was created with, in their order."""
+        names = [f"{image.sha256}.image" for image in style.images]
+        return [
+            self.folder / style.id / name for name in ([f"{style.file.sha256}.safetensors"] if style.file else names)
+        ]
+
     def files(self, style: Style, field: str = "name") -> list[bytes]:
-        """Return the image files of a style, in the order of its images. Raises NotFound if it is gone."""
+        """Return the files that a style was created with. Raises NotFound if it is gone, or its style file damaged."""
         try:
-            return [(self.folder / style.id / f"{image.sha256}.image").read_bytes() for image in style.images]
+            files = [path.read_bytes() for path in self.paths(style)]
         except FileNotFoundError:
             raise NotFound(field, f"the style {style.name!r} was deleted") from None
+        if style.file is not None and hashlib.sha256(files[0]).hexdigest() != style.file.sha256:
+            raise NotFound(field, f"the style {style.name!r} is damaged; delete it and import it again")
+        return files
 
     def list(self) -> list[Style]:
         """Return every style, in the order of their ids."""
@@ -132,15 +174,17 @@ class StyleStore:
         for leftover in self.folder.glob(".*-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _write(self, style: Style, images: Sequence[tuple[StoredImage, bytes]]) -> bool:
+    def _write(self, style: Style, files: Sequence[bytes]) -> bool:
         """Write a style's folder; return False if there is one of that id."""
         new = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
         try:
-            for image, data in images:
-                (new / f"{image.sha256}.image").write_bytes(data)
+            for path, data in zip(self.paths(style), files, strict=True):
+                _write_durably(new / path.name, data)
             record = asdict(style) | {"create_time": style.create_time.isoformat()}
-            (new / "style.json").write_text(json.dumps(record, indent=2))
+            _write_durably(new / "style.json", json.dumps(record, indent=2).encode())
+            _settle(new)
             new.rename(self.folder / style.id)  # fails if that folder exists and is not empty
+            _settle(self.folder)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
@@ -154,15 +198,32 @@ class StyleStore:
             there = self.get(style.id)
         except NotFound as error:
             raise AlreadyExists(f"{style.name} exists and is damaged; delete it or choose another style_id") from error
-        if (there.images, there.display_name) != (style.images, style.display_name):
+        if there.content != style.content:
             raise AlreadyExists(
                 f"{style.name} exists, with other images, weights or display name; delete it or choose another style_id"
             )
         return there
 
 
-def _content_id(images: Sequence[StoredImage], display_name: str) -> str:
-    content = json.dumps([display_name, [(image.sha256, image.weight) for image in images]])
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _settle(folder: Path) -> None:
+    """Wait until the names in a folder would survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _content_id(style: Style) -> str:
+    files = [(image.sha256, image.weight) for image in style.images] if style.file is None else style.file.sha256
+    content = json.dumps([style.display_name, files])
     return f"style-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
@@ -171,6 +232,16 @@ def _read(folder: Path) -> Style:
     return Style(
         id=record["id"],
         display_name=record["display_name"],
-        images=tuple(StoredImage(**image) for image in record["images"]),
+        images=_images(record["images"]),
         create_time=datetime.fromisoformat(record["create_time"]),
+        file=_file(record["file"]) if record.get("file") else None,
     )
+
+
+def _file(record: Mapping[str, Any]) -> StyleFile:
+    tuples = {name: tuple(record[name]) for name in ("sizes_px", "layers")}
+    return StyleFile(**{**record, **tuples, "images": _images(record["images"])})
+
+
+def _images(records: Iterable[Mapping[str, Any]]) -> tuple[StoredImage, ...]:
+    return tuple(StoredImage(**image) for image in records)

@@ -25,13 +25,22 @@ import numpy as np
 import torch
 
 import nst_model
-from nst_model import FeatureModel, InvalidOption, Iterate, NstModelError, Style, StylizeOptions
+from nst_model import (
+    FeatureModel,
+    InvalidOption,
+    Iterate,
+    KeptStyle,
+    NstModelError,
+    Style,
+    StyleFile,
+    StylizeOptions,
+)
 from nst_model.devices import memory_bytes
 from nst_model.errors import DamagedState
-from nst_model.losses import MOMENTS
-from nst_model.options import STEERABLE
+from nst_model.options import MOMENTS, STEERABLE
+from nst_model.scales import scales
 from nst_model.state import State
-from nst_model.stylization import LayerTargets, Stylization, TargetsOf, of_size, scales
+from nst_model.stylization import LayerTargets, Stylization, TargetsOf, of_size
 from nst_model.weights import load_weights
 from nst_server.errors import RequestError
 from nst_server.gram_cache import GramCache, GramKey
@@ -53,11 +62,11 @@ from nst_server.messages import (
     Progressed,
     Ready,
     Refused,
-    Shutdown,
     Started,
     Steer,
     Steered,
     StyleImage,
+    StyleMoments,
     StylizeTask,
     Suspend,
     Suspended,
@@ -79,7 +88,7 @@ SELDOM = 100
 
 
 def main(connection: Connection, config: WorkerConfig) -> None:
-    """Run a worker process until the front says Shutdown or is gone."""
+    """Run a worker process until the front kills it or is gone."""
     logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
     sender = _Sender(connection)
     try:
@@ -145,7 +154,7 @@ class Worker:
         clock = _Clock()
         self._keeper.begin()
         self._sender.send(Started(task.id, model.precision(task.options).value))
-        styles = _styles(task.styles)
+        styles = [_style(style) for style in task.styles]
         content = nst_model.from_pixels(task.content)
         targets_of = self._targets_of(model, task.styles)
         start = None if task.start is None else nst_model.from_pixels(task.start)
@@ -187,6 +196,7 @@ class Worker:
             wanted = {name: getattr(task.options, name) for name in STEERABLE}
             if any(getattr(run.options, name) != value for name, value in wanted.items()):
                 run.steer(**wanted)
+                self._sender.send(Steered(task.id, run.options, run.iterations))
 
     def _obeyed(self, task: StylizeTask, run: Stylization, control: Control) -> Finish | Suspend | None:
         """Carry out the orders that have come; return the one that ends the run."""
@@ -201,7 +211,7 @@ class Worker:
                 run.steer(**order.changes)
             except InvalidOption as error:  # it was checked; the job goes on as it was
                 log.warning("%s cannot be steered: %s", task.id, error)
-            self._sender.send(Steered(task.id, run.options))
+            self._sender.send(Steered(task.id, run.options, run.iterations))
         return None
 
     def _report(self, task: StylizeTask, iterate: Iterate, clock: _Clock, *, every_frame: bool) -> None:
@@ -217,14 +227,14 @@ class Worker:
         targets_of = self._targets_of(model, task.styles)
         size_px = task.options.size_px
         for edge in scales(size_px, size_px, task.options.first_size_px):
-            for style in _styles(task.styles):
+            for style in map(style_of, task.styles):
                 if not stop.is_set():
                     targets_of(style.scaled(edge / size_px), task.options)
         self._grams.trim(self._config.grams_max_bytes)
 
-    def _targets_of(self, model: FeatureModel, images: Sequence[StyleImage]) -> TargetsOf:
+    def _targets_of(self, model: FeatureModel, styles: Sequence[StyleImage | StyleMoments]) -> TargetsOf:
         """Return `model.style_targets`, with what is on disk taken from there and the rest kept there."""
-        base_px = {image.sha256: image.size_px for image in images}
+        base_px = {image.sha256: image.size_px for image in styles if isinstance(image, StyleImage)}
 
         def targets_of(style: Style, options: StylizeOptions) -> LayerTargets:
             if options.style_loss not in MOMENTS or not style.name or options.deterministic:
@@ -257,17 +267,21 @@ def _pictured(id: str, iterate: Iterate) -> Pictured:
     return Pictured(id, iterate.index, nst_model.to_pixels(iterate.picture))
 
 
-def _styles(images: Sequence[StyleImage]) -> list[Style]:
-    return [
-        Style(
-            nst_model.from_pixels(image.pixels),
-            image.weight,
-            image.sha256 if image.mask is None else "",
-            region=_mask(image.region),
-            mask=_mask(image.mask),
-        )
-        for image in images
-    ]
+def _style(style: StyleImage | StyleMoments) -> Style | KeptStyle:
+    if isinstance(style, StyleMoments):
+        return KeptStyle(StyleFile.from_bytes(style.file), style.size_px, style.weight, _mask(style.region))
+    return style_of(style)
+
+
+def style_of(image: StyleImage) -> Style:
+    """Return a style image of a task as the core has it; its name is its file's SHA-256 if all of it is meant."""
+    return Style(
+        nst_model.from_pixels(image.pixels),
+        image.weight,
+        image.sha256 if image.mask is None else "",
+        region=_mask(image.region),
+        mask=_mask(image.mask),
+    )
 
 
 def _mask(pixels: Mask | None) -> torch.Tensor | None:
@@ -410,7 +424,7 @@ class _Keeper(threading.Thread):
 
 def _checkpoint(task: StylizeTask, iteration: int, clock: _Clock) -> Checkpoint:
     key = f"checkpoints/{task.id.rpartition('/')[2]}/{task.attempt}-{iteration}"
-    return Checkpoint(key, iteration, clock.elapsed_s)
+    return Checkpoint(key, iteration, clock.elapsed_s, attempt=task.attempt)
 
 
 class _Reader(threading.Thread):
@@ -430,10 +444,8 @@ class _Reader(threading.Thread):
         current: tuple[str, Control] | None = None
         while True:
             try:
-                message: Task | Order | Shutdown = self._connection.recv()
+                message: Task | Order = self._connection.recv()
             except (EOFError, OSError):
-                message = Shutdown()
-            if isinstance(message, Shutdown):
                 os._exit(0)  # in the middle of whatever is being computed: nobody wants it any more
             if isinstance(message, Order):
                 if current is not None and current[0] == message.id:

@@ -340,7 +340,7 @@ def test_a_bug_in_the_server_is_a_server_error(caller: Any, serve: Any, story: A
 def test_request_above_the_servers_limit(caller: Any, serve: Any, story: Any) -> None:
     """Images that the server's message limit refuses are an error that says both sizes, not a riddle."""
     server = serve(story.whole(), options=[("grpc.max_receive_message_length", 1 << 20)])
-    with pytest.raises(MessageTooLargeError, match=r"a request of 3\.0 MiB, and the server .* takes 1\.0 MiB"):
+    with pytest.raises(MessageTooLargeError, match=r"the request takes 3\.0 MiB, and the server .* takes 1\.0 MiB"):
         caller.result(server.address, bytes(3 << 20), b"s")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.empty_pb2 import Empty
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from nst.v1 import (
@@ -31,6 +32,7 @@ from nst_client import (
     Client,
     ClientClosedError,
     DeadlineExceededError,
+    FailedPreconditionError,
     Frame,
     ImageName,
     InvalidArgumentError,
@@ -581,6 +583,105 @@ def test_jobs_are_got_changed_and_ended(caller: Any, serve: Any, tell: Any) -> N
     assert (finish.HasField("paused"), finish.HasField("options"), finish.finish) == (False, False, True)
     with pytest.raises(UnknownOptionError):
         caller.call(server.address, "update_job", "j1", iteration=9)
+
+
+class Forgetful(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):
+    """Does what it is asked for; the first answers about its job get lost, `lost` of them."""
+
+    def __init__(self, lost: int, state: str = "SUCCEEDED") -> None:
+        self.lost = lost
+        self.is_there = True
+        self.job = job_pb2.Job(name="jobs/j1", state="JOB_STATE_RUNNING", model="models/tiny")
+        self._state = f"JOB_STATE_{state}"
+
+    def GetJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        """Return the job."""
+        return self.job
+
+    def DeleteJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        """Delete the job."""
+        if not self.is_there:
+            context.abort(CODE.NOT_FOUND, "name: there is no job 'j1'")
+        self.is_there = False
+        self._lose(context)
+        return Empty()
+
+    def UpdateJob(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        """Let the job end."""
+        if self.job.state == self._state_number:
+            context.abort(CODE.FAILED_PRECONDITION, "jobs/j1 has ended and changes no more")
+        self.job.state = self._state_number
+        self._lose(context)
+        return self.job
+
+    @property
+    def _state_number(self) -> int:
+        return int(job_pb2.JobState.Value(self._state))
+
+    def _lose(self, context: grpc.ServicerContext) -> None:
+        if self.lost:
+            self.lost -= 1
+            context.abort(CODE.UNAVAILABLE, "Socket closed")
+
+
+def test_a_deletion_whose_answer_was_lost_has_succeeded(caller: Any, serve: Any) -> None:
+    """What its repetition does not find any more is what it has deleted."""
+    servicer = Forgetful(lost=1)
+    assert caller.call(serve(servicer).address, "delete_job", "j1") is None
+    assert not servicer.is_there
+
+
+def test_a_deletion_of_what_was_never_there_is_an_error(caller: Any, serve: Any) -> None:
+    """Whoever hears at the first time that there is nothing is told so; also if the server was not there before."""
+    servicer = Forgetful(lost=0)
+    servicer.is_there = False
+    with pytest.raises(NotFoundError) as caught:
+        caller.call(serve(servicer).address, "delete_job", "j1")
+    assert not caught.value.is_repeated
+
+
+def test_a_deletion_that_never_arrived_before_is_not_a_repetition(serve: Any) -> None:
+    """A server that was away has deleted nothing: when it is back and has no such job, that is an error."""
+    there = Forgetful(lost=0)
+    first = serve(there)
+    with Client(first.address) as client:
+        client.get_job("j1")
+        first.grpc_server.stop(grace=0).wait(5)
+        there.is_there = False
+        later = threading.Timer(0.5, lambda: serve(there, port=int(first.address.rpartition(":")[2])))
+        later.start()
+        try:
+            with pytest.raises(NotFoundError):
+                client.delete_job("j1")
+        finally:
+            later.join()
+
+
+def test_enough_whose_answer_was_lost_has_succeeded(caller: Any, serve: Any) -> None:
+    """A job that was to finish, and has ended with its picture when asked again, did what it was told."""
+    job = caller.call(serve(Forgetful(lost=1)).address, "update_job", "j1", finish=True)
+    assert job.state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("lost", "state", "update"),
+    [
+        (1, "CANCELLED", {"finish": True}),
+        (1, "FAILED", {"finish": True}),
+        (1, "SUCCEEDED", {"paused": True}),
+        (0, "SUCCEEDED", {"finish": True}),
+    ],
+)
+def test_a_change_of_a_job_that_ended_otherwise_is_an_error(
+    caller: Any, serve: Any, lost: int, state: str, update: dict[str, bool]
+) -> None:
+    """Whether or not an answer was lost: without a picture, or wanted to wait, or ended before it was asked."""
+    servicer = Forgetful(lost, state)
+    if not lost:
+        servicer.job.state = job_pb2.JOB_STATE_SUCCEEDED
+    with pytest.raises(FailedPreconditionError) as caught:
+        caller.call(serve(servicer).address, "update_job", "j1", **update)
+    assert caught.value.is_repeated is bool(lost)
 
 
 class ManyJobs(style_transfer_service_pb2_grpc.StyleTransferServiceServicer):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from nst_client import ImageFormat, ImageNotReadableError, InvalidArgumentError, Picture, images
-from nst_client.files import write_whole
+from nst_client.files import MAX_FILE_BYTES, write_whole
 from nst_client.images import read_image
 
 
@@ -43,7 +43,7 @@ def test_directory_is_no_image(tmp_path: Path) -> None:
 def test_huge_file_is_not_read(tmp_path: Path) -> None:
     """A file that no message could hold is refused by its length, before a byte is read."""
     with (tmp_path / "huge.tiff").open("wb") as file:
-        file.truncate(images.MAX_FILE_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ImageNotReadableError, match="has 1073741825 bytes; at most 1073741824"):
         read_image(tmp_path / "huge.tiff", field="content")
 

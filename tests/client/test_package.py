@@ -18,8 +18,8 @@ PUBLIC_NAMES = {
     "clients": "Client AsyncClient Stylization AsyncStylization",
     "arguments": "AnyImage Encoding ImageName ImageSource NO_PREVIEW Preview StyleInput StyleName Weighted",
     "events": "Event Frame Progress Result Snapshot StateChange",
-    "resources": "Job JobFailure JobResult Layer Model Numbers OptionDescription Picture PreparedGrams Preset"
-    " StoredImage Style StyleImage",
+    "resources": "ExportedFile Job JobFailure JobResult Layer Model Numbers OptionDescription Picture PreparedGrams"
+    " Preset StoredImage Style StyleFile StyleImage",
     "parameters": "Parameters StyleRecord read_parameters",
     "choices": "ImageFormat JobState ModelState OptionType StopReason",
     "errors": "AlreadyExistsError BrokenStreamError ClientClosedError DeadlineExceededError FailedPreconditionError"

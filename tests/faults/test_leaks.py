@@ -13,7 +13,13 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from nst.v1 import image_service_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2
+from nst.v1 import (
+    image_service_pb2,
+    image_service_pb2_grpc,
+    job_pb2,
+    model_service_pb2,
+    style_transfer_service_pb2,
+)
 from nst_server import Server
 from nst_server.jobs import Job
 from tests.server.conftest import FOREVER, Caller, idle, noise, read_until, tiny_settings, until
@@ -101,6 +107,13 @@ def stream_calls(client: Caller, ask: Ask, name: str, **how: Any) -> list[Any]:
     ]
 
 
+def export_calls(client: Caller, ask: Ask, name: str, **how: Any) -> list[Any]:
+    """Return calls for files that are to be made, begun: two wait for the same, and one for another."""
+    onnx = model_service_pb2.ExportModelRequest(format="EXPORT_FORMAT_ONNX")
+    grams = model_service_pb2.ExportModelRequest(format="EXPORT_FORMAT_ONNX", graph="EXPORT_GRAPH_GRAMS")
+    return [client.models.ExportModel(request, **how) for request in (onnx, onnx, grams)]
+
+
 async def code_of(call: Any) -> grpc.StatusCode:
     """Read a call to its end; return its status."""
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
@@ -126,7 +139,10 @@ async def watch_of_the_unknown(client: Caller, ask: Ask, name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("calls", [unary_calls, stream_calls], ids=["unary", "stream"])
+CALLS = {"unary": unary_calls, "stream": stream_calls, "export": export_calls}
+
+
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("end", ["cancel", "deadline"])
 async def test_callers_that_go_leave_nothing(
     server: Server, ask: Ask, calls: Callable[..., list[Any]], end: str
@@ -143,7 +159,7 @@ async def test_callers_that_go_leave_nothing(
                 for call in begun:
                     call.cancel()
             codes = [await code_of(call) for call in begun]
-            if calls is stream_calls:
+            if calls is not unary_calls:
                 expected = {"cancel": grpc.StatusCode.CANCELLED, "deadline": grpc.StatusCode.DEADLINE_EXCEEDED}[end]
                 assert set(codes) <= {expected, grpc.StatusCode.RESOURCE_EXHAUSTED}
         listed = style_transfer_service_pb2.ListJobsRequest(states=[job_pb2.JOB_STATE_QUEUED])
@@ -208,7 +224,7 @@ async def test_readers_that_stall_leave_nothing(server: Server, ask: Ask) -> Non
         await back_to(before, server)
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.parametrize("kind", CALLS)
 async def test_a_stop_leaves_nothing(serve: Callable[..., Awaitable[Any]], ask: Ask, kind: str) -> None:
     """In the midst of calls: all of them end, and so does everything of the server."""
     server, client = await serve(queue_size=40)
@@ -222,7 +238,7 @@ async def test_a_stop_leaves_nothing(serve: Callable[..., Awaitable[Any]], ask: 
     await read_until(begun, "progress")
     calls = [begun]
     for _ in range(TIMES):
-        calls += (unary_calls if kind == "unary" else stream_calls)(client, ask, job.name)
+        calls += CALLS[kind](client, ask, job.name)
     endings = [asyncio.create_task(code_of(call)) for call in calls]
     await asyncio.sleep(0.2)
     await server.stop(0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
-from tests.server.conftest import FOREVER, watched
+from tests.server.conftest import FOREVER, Caller, noise, read_until, watched
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -82,6 +84,57 @@ async def test_sigterm_under_load_loses_no_job(launch: Callable[..., Any], ask: 
         assert sequences == list(range(1, told.job.sequence + 1))
     assert ends[0].job.attempt == 2
     assert ends[0].progress[0].iteration > 0, "it began anew"
+
+
+STALLED = 5
+HINDERED_GRACE_S = 8.0
+
+
+async def test_neither_a_worker_that_hangs_nor_watchers_that_stall_hold_up_a_stop(
+    launch: Callable[..., Any], ask: Ask
+) -> None:
+    """With both of them, the server has ended when the grace has, and leaves no process; the next one has the job."""
+    server = await launch(f"--grace-s={HINDERED_GRACE_S}", "--checkpoint-interval-s=0.2")
+    await server.serving()
+    asked = ask(content=noise(256, 256), **{**FOREVER, "size_px": 256})
+    created = await server.caller.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=asked))
+    channels = []
+    for index in range(STALLED):
+        # A window that is soon full, so that a watcher who reads no more is stalled at once.
+        window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
+        stalled = Caller(server.caller.address, [("nst.own", index), *window])
+        png = {"interval": 1, "encoding": {"format": "IMAGE_FORMAT_PNG"}}
+        call = stalled.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=created.name, preview=png))
+        await read_until(call, "frame")
+        channels.append((stalled, call))
+    await asyncio.sleep(3)  # until each has got what its window takes
+    os.kill(worker_of(server), signal.SIGSTOP)
+
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(server.process.wait(), HINDERED_GRACE_S + 30)
+    took_s = time.monotonic() - began
+    assert await server.ended(10) == 0
+    assert took_s <= HINDERED_GRACE_S, server.said("stopping") + server.said("stopped")
+    for stalled, call in channels:
+        call.cancel()
+        await stalled.channel.close()
+
+    later = await launch()
+    await later.serving()
+    cancel = style_transfer_service_pb2.CancelJobRequest(name=created.name)
+    assert (await later.caller.jobs.CancelJob(cancel)).attempt == 2
+
+
+def worker_of(server: Any) -> int:
+    """Return the process id of a server's worker, a child of a child of it."""
+    found = []
+    for process in server.group():
+        parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        if parent in server.group() and parent != server.process.pid:
+            found.append(process)
+    (worker,) = found
+    return worker
 
 
 async def test_a_long_queue_does_not_hold_up_a_stop(serve: Callable[..., Any], ask: Ask) -> None:

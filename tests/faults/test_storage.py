@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,14 @@ import grpc
 import pytest
 
 from nst.v1 import image_service_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2
-from nst_server.errors import StorageFull, StorageUnavailable
+from nst_server.errors import NotFound, StorageFull, StorageUnavailable
+from nst_server.housekeeping import Housekeeper
+from nst_server.jobs import Job
+from nst_server.journal import patiently
+from nst_server.storage.database import JobStore
+from nst_server.storage.records import EventRecord, JobRecord
 from tests.server.conftest import FOREVER, Caller, noise, until, watched
+from tests.server.storage.conftest import postgresql, postgresql_url
 from tests.server.test_process import START_S
 from tests.server.test_styles import small_disk
 
@@ -27,6 +35,14 @@ Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 Serve = Callable[..., Any]
 
 SUCCEEDED, FAILED = job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED
+
+__all__ = ["postgresql", "postgresql_url"]
+
+KEEP, LATER = timedelta(hours=1), datetime.now(UTC) + timedelta(hours=2)
+"""How long jobs are kept, and a time at which those that ended while this runs have been for longer."""
+
+PROGRESS = {"losses": "0.123456789 " * 40}
+"""As large as an iteration's numbers."""
 
 LONG = {"iterations": 200, "size_px": 96}
 """Options of a job of some seconds."""
@@ -109,6 +125,128 @@ async def test_a_job_whose_turn_comes_while_the_disk_is_full_waits(serve: Serve,
         assert await asyncio.wait_for(cancelling, 20) == job_pb2.JOB_STATE_CANCELLED
         assert (await asyncio.wait_for(watched(client, waiting), 60)).job.state == SUCCEEDED
         await server.stop(0)
+
+
+async def test_a_full_disk_is_said_to_whoever_waits(
+    serve: Serve, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cancels is told after a while that it is not durable; the device is free at once, with room it is done."""
+    monkeypatch.setattr("nst_server.journal.PATIENCE_S", 1.0)
+    with small_disk(tmp_path / "disk") as disk:
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        server, client = await serve(data_dir=disk / "data")
+        running = await create(client, ask(**FOREVER))
+        live = server._application._jobs[running]
+        await until(lambda: live.now.progress is not None, 20)
+        filling = fill(disk)
+        await until(lambda: live.now.sequence > live.snapshot().sequence + 20, 20)
+        for call in (_cancelled, _cancelled):
+            refusal = await asyncio.wait_for(client.refusal(call(client, running)), 10)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL")
+        assert not server._application.scheduler._running
+        filling.unlink()
+        assert (await asyncio.wait_for(watched(client, running), 20)).job.state == job_pb2.JOB_STATE_CANCELLED
+        await server.stop(0)
+
+
+async def test_a_full_disk_can_be_emptied(serve: Serve, tmp_path: Path, ask: Ask) -> None:
+    """Jobs that ended can be deleted, with their images, though nothing can be written; so can one that runs."""
+    with small_disk(tmp_path / "disk") as disk:
+        subprocess.run(["mount", "-o", "remount,size=24m", str(disk)], check=True)
+        server, client = await serve(data_dir=disk / "data")
+        ended = [await create(client, ask(seed=seed, init="INIT_NOISE", size_px=64)) for seed in range(3)]
+        for name in ended:
+            assert (await watched(client, name)).job.state == SUCCEEDED
+        result = (await get(client, ended[0])).result.image
+        running = await create(client, ask(**FOREVER))
+        live = server._application._jobs[running]
+        await until(lambda: live.now.progress is not None, 20)
+        watching = asyncio.create_task(client.refusal(watched(client, running)))
+        fill(disk)
+        await until(lambda: live.now.sequence > live.snapshot().sequence + 20, 20)
+
+        await asyncio.wait_for(_deleted(client, ended[0]), 10)
+        assert (await client.refusal(get(client, ended[0]))).code == grpc.StatusCode.NOT_FOUND
+        assert (await client.refusal(download(client, result))).code == grpc.StatusCode.NOT_FOUND
+        fill(disk)
+        await asyncio.wait_for(Housekeeper(server._ledger, server._application.delete_job, KEEP, None).sweep(LATER), 20)
+        for name in ended:
+            assert (await client.refusal(get(client, name))).code == grpc.StatusCode.NOT_FOUND
+        fill(disk)
+        await asyncio.wait_for(_deleted(client, running), 10)
+        assert (await asyncio.wait_for(watching, 10)).code == grpc.StatusCode.NOT_FOUND
+        await until(lambda: not server._application.scheduler._running, 10)
+        await server.stop(0)
+
+
+async def test_a_full_disk_lets_go_of_a_job_with_many_events(tmp_path: Path) -> None:
+    """More than the reserve could take at once, while others write whatever becomes free."""
+    with small_disk(tmp_path / "disk") as disk:
+        subprocess.run(["mount", "-o", "remount,size=48m", str(disk)], check=True)
+        store, now = await JobStore.open(disk / "jobs.sqlite3"), datetime.now(UTC)
+        for id in "ab":
+            await store.create(JobRecord(id, now))
+        numbers = iter(range(1, 10**6))
+        for _ in range(20):
+            await store.append(
+                "a", events=[EventRecord(next(numbers), 1, now, "progress", PROGRESS) for _ in range(1000)]
+            )
+        fill(disk)
+
+        async def writing() -> None:
+            for number in range(1, 10**6):
+                event = EventRecord(number, 1, now, "progress", PROGRESS)
+                await patiently(functools.partial(store.append, "b", events=[event]), "no room")
+
+        writer = asyncio.create_task(writing())
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(store.delete("a", _removed), 30)
+        writer.cancel()
+        with pytest.raises(NotFound):
+            await store.get("a")
+        assert (disk / "jobs.sqlite3-reserve").exists(), "the next deletion has no room"
+        await store.close()
+
+
+async def _removed(sha256s: Sequence[str]) -> None:
+    assert not sha256s
+
+
+async def _deleted(client: Caller, name: str) -> None:
+    await client.jobs.DeleteJob(style_transfer_service_pb2.DeleteJobRequest(name=name))
+
+
+async def test_a_read_only_database_is_said_and_harms_nothing(
+    serve: Serve, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgresql: Any, postgresql_url: str
+) -> None:
+    """Streams and callers are told, not left to wait; when it can be written to again everything has gone on."""
+    monkeypatch.setattr("nst_server.journal.PATIENCE_S", 1.0)
+    monkeypatch.setattr(Job.watch, "__defaults__", (0, 0.5))
+    server, client = await serve(database=postgresql_url, blobs=f"file://{tmp_path}/blobs")
+    name = await create(client, ask(**FOREVER))
+    live = server._application._jobs[name]
+    await until(lambda: live.now.progress is not None, 20)
+    watching = asyncio.create_task(client.refusal(watched(client, name)))
+
+    def read_only(value: str) -> None:
+        postgresql(f"ALTER DATABASE nst SET default_transaction_read_only = {value}")
+        postgresql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'nst'")
+
+    await asyncio.to_thread(read_only, "on")
+    refusals = [await asyncio.wait_for(watching, 20)]
+    for call in (_updated, _cancelled, _deleted):
+        refusals.append(await asyncio.wait_for(client.refusal(call(client, name)), 20))
+    for refusal in refusals:
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "STORAGE_READ_ONLY")
+    await asyncio.to_thread(read_only, "off")
+    await until(lambda: server._ledger.read_only is None)
+    told = await asyncio.wait_for(watched(client, name), 30)
+    assert told.job.state == job_pb2.JOB_STATE_CANCELLED  # which was told to it meanwhile
+    assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
+
+
+async def _updated(client: Caller, name: str) -> None:
+    await client.jobs.UpdateJob(style_transfer_service_pb2.UpdateJobRequest(name=name, paused=True))
 
 
 async def _cancelled(client: Caller, name: str) -> int:
@@ -253,9 +391,32 @@ async def test_a_damaged_result_is_said(serve: Serve, tmp_path: Path, ask: Ask) 
         refusal = await client.refusal(watched(client, job.name))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED")
         assert (await get(client, job.name)).state == SUCCEEDED
-    refusal = await asyncio.wait_for(client.refusal(download(client, torn.result.image)), 5)
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED")
+    for job in (torn, altered):
+        refusal = await asyncio.wait_for(client.refusal(download(client, job.result.image)), 5)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED")
     assert (await watched(client, whole.name)).result
+
+
+async def test_an_upload_mends_a_damaged_image(serve: Serve, tmp_path: Path) -> None:
+    """It is not taken for complete because something is there by its name."""
+    _, client = await serve()
+    stub, data = image_service_pb2_grpc.ImageServiceStub(client.channel), noise(60, 60)
+    sha256 = hashlib.sha256(data).hexdigest()
+    request = image_service_pb2.CreateUploadRequest(total_bytes=len(data), sha256=sha256)
+    first = await stub.CreateUpload(request)
+    whole = image_service_pb2.WriteUploadRequest(name=first.name, data=data)
+    image = (await stub.WriteUpload(whole)).image
+    assert (await stub.CreateUpload(request)).image == image
+    file = tmp_path / "data" / "objects" / "blobs" / sha256[:2] / sha256
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    refusal = await client.refusal(download(client, image))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED")
+    assert not (await stub.GetUpload(image_service_pb2.GetUploadRequest(name=first.name))).image
+    again = await stub.CreateUpload(request)
+    assert (again.image, again.received_bytes) == ("", 0)
+    await stub.WriteUpload(image_service_pb2.WriteUploadRequest(name=again.name, data=data))
+    assert await download(client, image) == data
 
 
 async def test_a_commit_whose_answer_is_lost_is_no_loss(

@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 
 from nst_model import FeatureModel
+from nst_model.architecture import VGG16
 from nst_model.weights import FeatureWeights, load_weights
+from tests.conftest import random_state
 from tests.model.textbook import Textbook
 
 
@@ -18,6 +20,18 @@ from tests.model.textbook import Textbook
 def tiny_weights(tiny_weights_file: Path) -> FeatureWeights:
     """The tiny VGG-16, calibrated."""
     return load_weights("vgg16", tiny_weights_file)
+
+
+@pytest.fixture(scope="session")
+def plain_weights(tmp_path_factory: pytest.TempPathFactory) -> FeatureWeights:
+    """A VGG-16 whose channels fill the processor's registers.
+
+    Else its convolutions take the last channels by another way, which rounds otherwise: what is flat would not come out
+    flat, and the greatest of four would be any of them.
+    """
+    file = tmp_path_factory.mktemp("weights") / "plain-vgg16.safetensors"
+    safetensors.torch.save_file(random_state(VGG16, (16, 16, 16, 16, 16)), file)
+    return load_weights("vgg16", file)
 
 
 @pytest.fixture(scope="session")

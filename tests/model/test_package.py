@@ -18,12 +18,18 @@ PUBLIC = [
     "Curvature",
     "DEFAULT_MODEL",
     "DeviceUnavailable",
+    "ExportFormat",
+    "ExportGraph",
+    "ExportPrecision",
+    "ExportSpec",
     "FeatureModel",
     "FeatureWeights",
     "Init",
+    "InvalidArtifact",
     "InvalidImage",
     "InvalidOption",
     "Iterate",
+    "KeptStyle",
     "Losses",
     "ModelCard",
     "NstModelError",
@@ -35,25 +41,31 @@ PUBLIC = [
     "Preset",
     "StopReason",
     "Style",
+    "StyleCard",
+    "StyleFile",
     "StyleLoss",
+    "StyleSource",
     "StylizeOptions",
     "TvNorm",
     "UnknownModel",
     "WeightsCorrupt",
     "WeightsUnavailable",
     "available_devices",
+    "export",
     "fetch",
     "from_pixels",
     "gram",
-    "load_artifact",
+    "load_graph",
     "load_weights",
     "model_card",
+    "prepare_style",
+    "read_description",
     "resolve_device",
     "resolve_precision",
-    "save_artifact",
     "script",
     "stylize",
     "to_pixels",
+    "write_artifact",
 ]
 
 
@@ -66,7 +78,7 @@ def test_public_names_are_these() -> None:
 def test_options_and_models_cost_no_import_of_torch() -> None:
     """The server's front reads them and stays small."""
     program = (
-        "import sys, nst_model, nst_model.cache\n"
+        "import sys, nst_model, nst_model.cache, nst_model.style_card, nst_model.scales\n"
         "nst_model.StylizeOptions(); nst_model.model_card('vgg19')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -24,7 +24,8 @@ from nst_model import (
 from nst_model.descent import minimize
 from nst_model.lbfgs import OVERSHOOT
 from nst_model.objective import interpreted
-from nst_model.stylization import content_targets, mixed, scales
+from nst_model.scales import scales
+from nst_model.stylization import content_targets, mixed
 
 Picture = Callable[[int, int, int], torch.Tensor]
 

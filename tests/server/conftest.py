@@ -168,12 +168,12 @@ def noise(width: int, height: int, seed: int = 0) -> bytes:
 
 
 class Refusal:
-    """A status that ended a call, with its google.rpc details. `field`, `reason`, `retry_s` are None without them."""
+    """A status that ended a call, with its google.rpc details; what there is no detail for is None."""
 
     def __init__(self, error: grpc.aio.AioRpcError) -> None:
         self.code: grpc.StatusCode = error.code()
         self.message: str = error.details() or ""
-        self.reason = self.domain = self.field = self.retry_s = None
+        self.reason = self.domain = self.field = self.retry_s = self.quota = None
         status = rpc_status.from_call(error)
         for detail in status.details if status else ():
             if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
@@ -181,6 +181,8 @@ class Refusal:
                 self.reason, self.domain = info.reason, info.domain
             elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 self.field = error_details_pb2.BadRequest.FromString(detail.value).field_violations[0].field
+            elif detail.Is(error_details_pb2.QuotaFailure.DESCRIPTOR):
+                self.quota = error_details_pb2.QuotaFailure.FromString(detail.value).violations[0].subject
             elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
                 delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
                 self.retry_s = delay.ToTimedelta().total_seconds()
@@ -193,6 +195,7 @@ class Caller:
     """A client with every gRPC default left alone, on a channel of its own."""
 
     def __init__(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> None:
+        self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=options)
         self.jobs = style_transfer_service_pb2_grpc.StyleTransferServiceStub(self.channel)
         self.styles = style_service_pb2_grpc.StyleServiceStub(self.channel)

@@ -27,8 +27,10 @@ class MemoryLedger:
 
     Attributes:
         held: whether what is appended waits for `release`.
-        refuses: what `keep_image` raises.
+        refuses: what `keep_result` raises.
     """
+
+    read_only: RequestError | None = None
 
     def __init__(self) -> None:
         self.stored: list[Event] = []
@@ -74,8 +76,9 @@ class MemoryLedger:
         job.attempted(job.now.attempt + 1)
         return True
 
-    async def keep_image(self, data: bytes, width: int, height: int, media_type: str) -> None:
+    async def keep_result(self, job: Job, data: bytes, width: int, height: int, media_type: str) -> None:
         """Keep a result; see Keeping."""
+        assert job.spec
         assert width
         assert height
         assert media_type.startswith("image/")

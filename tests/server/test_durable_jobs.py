@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from google.protobuf import empty_pb2
 
 from nst.v1 import image_service_pb2, image_service_pb2_grpc, job_pb2, style_transfer_service_pb2
 from nst_server import Server
+from nst_server.errors import StorageUnavailable
 from tests.server.conftest import FOREVER, Caller, Refusal, files, noise, opened, read_until, rest, until, watched
 from tests.server.storage.conftest import postgresql, postgresql_url
 
@@ -142,6 +144,31 @@ async def test_jobs_are_listed(serve: Serve, ask: Ask) -> None:
         call = client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest(**wrong))
         refusal = await client.refusal(call)
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
+async def test_names_that_no_database_takes_are_no_names(serve: Serve, tmp_path: Path, postgresql_url: str) -> None:
+    """A NUL byte, which PostgreSQL refuses in any text: NOT_FOUND, or INVALID_ARGUMENT in a page token."""
+    _, client = await serve(database=postgresql_url, blobs=f"file://{tmp_path}/blobs")
+    upload = image_service_pb2.GetUploadRequest(name="uploads/\0")
+    described = image_service_pb2.GetImageRequest(name="images/a\0")
+    for call in (
+        get(client, "jobs/\0"),
+        delete(client, "\0"),
+        watched(client, "a\0"),
+        image_stub(client).GetUpload(upload),
+        image_stub(client).GetImage(described),
+        downloaded(client, "images/" + "0" * 63 + "\0"),
+    ):
+        refusal = await client.refusal(call)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+    token = base64.urlsafe_b64encode(b"after:2026-01-01T00:00:00+00:00 jobs/\0").decode()
+    refusal = await client.refusal(listed_after(client, token))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "page_token")
+
+
+async def listed_after(client: Caller, token: str) -> style_transfer_service_pb2.ListJobsResponse:
+    """Return the page of jobs that a token stands for."""
+    return await client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest(page_token=token))
 
 
 async def test_a_job_is_steered_while_it_runs(caller: Caller, ask: Ask) -> None:
@@ -281,6 +308,42 @@ async def test_enough_is_not_forgotten(serve: Serve, ask: Ask, tmp_path: Path) -
     await cancel(caller, running.name)
 
 
+async def test_fewer_iterations_than_were_made_are_those_that_were_made(caller: Caller, ask: Ask) -> None:
+    """The change says so, and so does the job that has ended: as many as it made, and it made them all."""
+    job = await create(caller, ask(**(FOREVER | {"size_px": 48})))
+    watching = asyncio.create_task(watched(caller, job.name))
+    await has_begun(caller, job.name)
+    await asyncio.sleep(0.3)
+    changed = await update(caller, job.name, options={"iterations": 5})
+    told = await asyncio.wait_for(watching, 30)
+    assert changed.progress.iterations >= changed.progress.iteration > 5
+    assert told.job.state == SUCCEEDED
+    assert told.job.progress.iteration == told.job.progress.iterations == told.progress[-1].iteration
+
+
+async def test_wait_and_enough_do_not_go_together(caller: Caller, ask: Ask) -> None:
+    """INVALID_ARGUMENT, and the job goes on as it was; to go on and then end is fine."""
+    job = await create(caller, ask(**FOREVER))
+    await has_begun(caller, job.name)
+    refusal = await caller.refusal(update(caller, job.name, paused=True, finish=True))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "paused")
+    assert (await get(caller, job.name)).state == RUNNING
+    await update(caller, job.name, paused=False, finish=True)
+    assert (await watched(caller, job.name)).job.state == SUCCEEDED
+
+
+async def test_limits_are_for_new_requests(serve: Serve, ask: Ask, tmp_path: Path) -> None:
+    """A server that is started again with smaller ones goes on with what was accepted, running or waiting."""
+    server, caller = await serve(data_dir=tmp_path)
+    jobs = [await create(caller, ask(iterations=30, size_px=192)) for _ in range(2)]
+    await server.stop(0)
+    _, caller = await serve(data_dir=tmp_path, max_size_px=64, memory_gib=0.001)
+
+    for job in jobs:
+        assert (await asyncio.wait_for(watched(caller, job.name), 30)).job.state == SUCCEEDED
+    assert (await caller.refusal(ask(size_px=192))).field == "options.size_px"
+
+
 async def test_enough_is_a_result(caller: Caller, ask: Ask) -> None:
     """A running job ends with its best picture, at once; one that waits with the picture it would start from."""
     running = await create(caller, ask(**FOREVER))
@@ -333,6 +396,17 @@ async def test_a_deleted_job_is_gone(caller: Caller, ask: Ask, shared: Server) -
     assert (await caller.refusal(watched(caller, job.name))).code == grpc.StatusCode.NOT_FOUND
 
 
+async def test_a_model_may_be_named_in_any_way_by_the_same_request(caller: Caller, ask: Ask) -> None:
+    """Not at all, for the default, by its id, or by its full name."""
+    names = set()
+    for model in ("", "vgg16", "models/vgg16"):
+        request = ask(model=model)
+        request.request_id = "any-way"
+        names.add((await create(caller, request)).name)
+    assert len(names) == 1
+    await watched(caller, names.pop())
+
+
 async def test_a_request_id_stands_for_one_request(caller: Caller, ask: Ask) -> None:
     """The same again is the same job, also when it has ended and by the other method; another is ALREADY_EXISTS."""
     request = ask()
@@ -350,6 +424,99 @@ async def test_a_request_id_stands_for_one_request(caller: Caller, ask: Ask) -> 
         request.request_id = wrong
         refusal = await caller.refusal(create(caller, request))
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request_id")
+
+
+async def test_a_repeated_request_needs_no_place(serve: Serve, ask: Ask) -> None:
+    """However full the queue is, it finds its job, running or waiting; a new one, and one without a name, do not."""
+    _, client = await serve(queue_size=1)
+    running, waiting = ask(**FOREVER), ask(**FOREVER)
+    running.request_id, waiting.request_id = "running", "waiting"
+    jobs = {request.request_id: await create(client, request) for request in (running, waiting)}
+    for request in (running, waiting):
+        assert (await create(client, request)).name == jobs[request.request_id].name
+        call = client.jobs.Stylize(request)
+        assert (await read_until(call, "snapshot")).snapshot.name == jobs[request.request_id].name
+        call.cancel()
+    for name in ("new", ""):
+        waiting.request_id = name
+        for refusal in (await client.refusal(create(client, waiting)), await client.refusal(waiting)):
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    # The job of CreateJob is not that of the streams that found it.
+    await asyncio.sleep(0.2)
+    for job in jobs.values():
+        assert (await get(client, job.name)).state in (QUEUED, RUNNING)
+        await cancel(client, job.name)
+
+
+async def test_many_at_once_of_one_request_are_one_job(serve: Serve, ask: Ask) -> None:
+    """Also if there are more of them than places in the queue."""
+    _, client = await serve(queue_size=1)
+    request = ask(**FOREVER)
+    request.request_id = "once"
+    jobs = await asyncio.gather(*(create(client, request) for _ in range(32)))
+    assert len({job.name for job in jobs}) == 1
+    assert await listed(client) == [jobs[0].name]
+    await cancel(client, jobs[0].name)
+
+
+async def test_a_request_that_takes_long_to_check_is_answered(
+    serve: Serve, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is for its arrival."""
+    server, client = await serve(write_timeout_s=1)
+    checked = server._application._checked
+
+    def slowly(request: Any) -> Any:
+        time.sleep(1.5)
+        return checked(request)
+
+    monkeypatch.setattr(server._application, "_checked", slowly)
+    assert (await asyncio.wait_for(create(client, ask()), 10)).state == QUEUED
+    assert (await asyncio.wait_for(client.told(ask()), 10)).job.state == SUCCEEDED
+
+
+async def test_a_server_that_stops_says_so_of_what_it_will_not_do(serve: Serve, ask: Ask, tmp_path: Path) -> None:
+    """A job that waits while its server stops can be neither changed nor cancelled there; at the next one it can."""
+    server, client = await serve()
+    running = await create(client, ask(**FOREVER))
+    await has_begun(client, running.name)
+    waiting, paused = await create(client, ask(**FOREVER)), await create(client, ask(**FOREVER))
+    await update(client, paused.name, paused=True)
+    stopping = asyncio.create_task(server.stop(3))
+    await until(lambda: server._application.scheduler.stopping)
+    for call in (
+        update(client, waiting.name, options={"content_weight": 7}),
+        update(client, waiting.name, finish=True),
+        update(client, paused.name, paused=False),
+        cancel(client, waiting.name),
+        cancel(client, paused.name),
+        delete(client, waiting.name),
+    ):
+        refusal = await asyncio.wait_for(client.refusal(call), 2)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+        assert refusal.retry_s
+    # What runs still obeys.
+    assert (await update(client, running.name, options={"content_weight": 7})).options.content_weight == 7
+    assert (await cancel(client, running.name)).state == CANCELLED
+    await stopping
+
+    _, client = await serve()
+    for job, state in ((waiting, RUNNING), (paused, PAUSED)):
+        now = await in_state(client, job.name, state)
+        assert now.options.content_weight == job.options.content_weight
+        assert (await cancel(client, job.name)).state == CANCELLED
+
+
+async def test_a_command_that_nobody_obeyed_is_found_at_the_next_start(serve: Serve, ask: Ask) -> None:
+    """Whatever kept the server that it was for from it."""
+    server, client = await serve()
+    job = await create(client, ask(**FOREVER))
+    await update(client, job.name, paused=True)
+    store = server._application._ledger.store
+    assert await store.command(job.name.removeprefix("jobs/"), {"cancel": True})
+    await server.stop(0)
+    _, client = await serve()
+    await in_state(client, job.name, CANCELLED)
 
 
 def image_stub(client: Caller) -> Any:
@@ -523,10 +690,12 @@ async def test_a_job_is_reached_through_another_server(
     await update(there, job.name, paused=False)
     await in_state(there, job.name, RUNNING)
     assert await listed(here) == await listed(there) == [job.name]
-    # A caller that leaves its stream at the other server ends its job.
-    again = there.jobs.Stylize(request)
-    await read_until(again, "progress")
-    again.cancel()
+    # Commands that follow one another at once are all obeyed, in their order.
+    await update(there, job.name, options={"content_weight": 7})
+    await asyncio.gather(*(update(there, job.name, options={"tv_weight": weight}) for weight in (1, 2)))
+    now = await get(here, job.name)
+    assert (now.options.content_weight, now.options.tv_weight in (1, 2)) == (7, True)
+    await cancel(there, job.name)
     told = await asyncio.wait_for(watching, 20)
     assert told.job.state == CANCELLED
     assert [event.sequence for event in told.numbered] == list(range(1, len(told.numbered) + 1))
@@ -544,6 +713,50 @@ async def test_a_job_is_reached_through_another_server(
     await cancel(here, job.name)
 
 
+async def test_a_server_that_drains_leaves_what_is_wanted_to_the_next(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rolling restart: what is asked of one of its jobs through another server is done there when it has gone."""
+    monkeypatch.setattr("nst_server.application.TEND_S", 0.2)
+    (first, here), (_, there) = await two(serve, store, tmp_path)
+    running = await create(here, ask(**FOREVER))
+    await has_begun(here, running.name)
+    changed, ended = await create(here, ask(**FOREVER)), await create(here, ask(**FOREVER))
+    stopping = asyncio.create_task(first.stop(2))
+    await until(lambda: first._application.scheduler.stopping)
+    wanted = asyncio.gather(
+        update(there, changed.name, options={"content_weight": 7}, paused=True), cancel(there, ended.name)
+    )
+    await asyncio.sleep(0.5)
+    assert not wanted.done(), "a server that stops has obeyed"
+    await stopping
+    updated, cancelled = await asyncio.wait_for(wanted, 20)
+    assert (updated.state, updated.options.content_weight) == (PAUSED, 7)
+    assert cancelled.state == CANCELLED
+    for job in (running, changed):
+        await cancel(there, job.name)
+
+
+async def test_any_server_tells_a_jobs_place_in_the_queue(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask
+) -> None:
+    """The one that it has at its own server, in a list, too; when it will begin only that server can tell."""
+    (_, here), (_, there) = await two(serve, store, tmp_path)
+    jobs = [await create(here, ask(**FOREVER)) for _ in range(4)]
+    await in_state(here, jobs[0].name, RUNNING)
+    async with asyncio.timeout(10):
+        while (await get(here, jobs[3].name)).queue_position != 2:
+            await asyncio.sleep(0.01)
+    for client, estimates in ((here, [False, True, True, True]), (there, [False] * 4)):
+        told = [await get(client, job.name) for job in jobs]
+        assert [job.queue_position for job in told] == [0, 0, 1, 2]
+        assert [job.HasField("estimated_start_time") for job in told] == estimates
+        page = await client.jobs.ListJobs(style_transfer_service_pb2.ListJobsRequest())
+        assert [job.queue_position for job in reversed(page.jobs)] == [0, 0, 1, 2]
+    for job in reversed(jobs):
+        await cancel(here, job.name)
+
+
 async def test_whoever_watches_a_job_that_another_server_deletes_is_told(
     serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +769,30 @@ async def test_whoever_watches_a_job_that_another_server_deletes_is_told(
     await asyncio.sleep(0.6)
     await asyncio.wait_for(delete(here, job.name), 10)
     assert (await asyncio.wait_for(watching, 10)).code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_whoever_watches_through_another_server_outlasts_the_database(
+    serve: Serve, store: dict[str, str], tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it does not answer there are heartbeats; then the stream goes on without a gap."""
+    monkeypatch.setattr("nst_server.jobs.FOLLOW_S", 0.1)
+    (_, here), (second, there) = await two(serve, store, tmp_path)
+    job = await create(here, ask(**FOREVER))
+    await has_begun(here, job.name)
+    call = there.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=job.name, preview={"interval": 0}))
+    await read_until(call, "progress")
+    asked = second._ledger.store.events
+
+    async def away(*_: object) -> None:
+        raise StorageUnavailable("the database cannot be reached")
+
+    monkeypatch.setattr(second._ledger.store, "events", away)
+    await read_until(call, "heartbeat")
+    monkeypatch.setattr(second._ledger.store, "events", asked)
+    last = (await read_until(call, "progress")).sequence
+    assert (await read_until(call, "progress")).sequence == last + 1
+    call.cancel()
+    await cancel(here, job.name)
 
 
 @pytest.mark.timeout(120)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import threading
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,21 @@ async def test_a_job_of_another_server_is_followed(job: Job, ledger: MemoryLedge
     await asyncio.wait_for(watching, 5)
     assert [event.sequence for event in told if not isinstance(event.payload, Heartbeat)] == [1, 2, 3, 4]
     assert any(isinstance(event.payload, Heartbeat) for event in told)
+
+
+async def test_a_job_that_ends_while_it_is_looked_up_is_told_to_its_end(job: Job, ledger: MemoryLedger) -> None:
+    """Its watcher has it as it was, and then no server has it any more: the archive's last event is the stream's."""
+    job.started("cpu", "fp32")
+    iterated(job, 0)
+    seen = Job(job.now, ledger)
+    seen.elsewhere = True
+    job.cancelled()
+    told = await asyncio.wait_for(_all(seen.watch(NONE, after=1)), 5)
+    assert [event.sequence for event in told] == [1, 2, 3]
+
+
+async def _all(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
 
 
 async def test_watchers_of_a_job_that_is_lost_are_told(job: Job) -> None:
@@ -408,6 +424,17 @@ async def test_moving_in_the_queue_is_an_event_only_if_something_moved(job: Job,
     job.started("cpu", "fp32")
     positions = [event.payload.job.queue_position for event in ledger.stored if isinstance(event.payload, StateChanged)]
     assert positions == [2, 1, 0]
+
+
+async def test_a_long_queue_is_told_of_in_few_events(job: Job, ledger: MemoryLedger) -> None:
+    """Each step near the front, and each halving further back; the job itself always says where it is."""
+    for position in range(600, -1, -1):
+        job.moved(position)
+        assert job.snapshot().queue_position == position
+    positions = [event.payload.job.queue_position for event in ledger.stored if isinstance(event.payload, StateChanged)]
+    assert positions == [600, 300, 150, 75, 37, 18, *range(9, -1, -1)]
+    job.moved(40)
+    assert ledger.stored[-1].payload.job.queue_position == 40
 
 
 async def test_pause_and_resume_keep_what_was_done(job: Job, ledger: MemoryLedger) -> None:

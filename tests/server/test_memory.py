@@ -40,6 +40,14 @@ async def test_a_job_that_cannot_fit_is_refused_naming_what_fits(serve: Callable
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
+async def test_where_no_size_fits_that_is_said(serve: Callable[..., Any], ask: Ask) -> None:
+    """Not a size that there is not."""
+    _, client = await serve(memory_gib=0.001)
+    refusal = await client.refusal(ask(size_px=64))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "options.size_px")
+    assert refusal.message.endswith("of which a job may take 0.001 GiB here: with these options no size fits")
+
+
 async def test_workers_say_what_memory_there_is(shared: Any) -> None:
     """So that nothing needs to be set."""
     (executor,) = shared.executors

@@ -63,6 +63,38 @@ async def test_jobs_wait_in_the_order_they_came(caller: Caller, ask: Ask, shared
     assert all(start > end - 1e9 for start, end in zip(starts[1:], ends, strict=False))
 
 
+async def test_whoever_waits_is_told_how_long(caller: Caller, ask: Ask) -> None:
+    """GetJob, CreateJob and a stream's first event say when a job will probably begin: the later, the further behind.
+
+    So does what is new in a stream; nothing does once the job runs.
+    """
+    running, first, second = [await created(caller, ask(**FOREVER)) for _ in range(3)]
+    watch, get = style_transfer_service_pb2.WatchJobRequest, style_transfer_service_pb2.GetJobRequest
+    watching = [caller.jobs.WatchJob(watch(name=job.name)) for job in (first, second)]
+    now = time.time()
+    streamed = [(await read_until(call, "snapshot")).snapshot for call in watching]
+    got = [await caller.jobs.GetJob(get(name=job.name)) for job in (first, second)]
+    for early, late in ([first, second], streamed, got):
+        begins = [job.estimated_start_time.ToNanoseconds() / 1e9 for job in (early, late)]
+        assert now - 5 < begins[0] < begins[1] < now + 3600
+    assert not (await caller.jobs.GetJob(get(name=running.name))).HasField("estimated_start_time")
+
+    await caller.jobs.CancelJob(style_transfer_service_pb2.CancelJobRequest(name=running.name))
+    moved = (await read_until(watching[1], "state_change")).state_change.job
+    assert (moved.queue_position, moved.HasField("estimated_start_time")) == (0, True)
+    begun = (await read_until(watching[0], "state_change")).state_change.job
+    assert (begun.state, begun.HasField("estimated_start_time")) == (job_pb2.JOB_STATE_RUNNING, False)
+    for call in watching:
+        call.cancel()
+    for job in (first, second):
+        await caller.jobs.CancelJob(style_transfer_service_pb2.CancelJobRequest(name=job.name))
+
+
+async def created(caller: Caller, request: style_transfer_service_pb2.StylizeRequest) -> job_pb2.Job:
+    """Create a job."""
+    return await caller.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=request))
+
+
 async def test_two_hundred_requests_at_once(caller: Caller, ask: Ask, shared: Server) -> None:
     """One runs, `queue_size` wait, the others are refused within seconds; afterwards the server is as good as new."""
     calls = [caller.jobs.Stylize(ask(**FOREVER)) for _ in range(200)]

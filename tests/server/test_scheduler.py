@@ -36,7 +36,7 @@ from nst_server.messages import (
     Suspended,
     Task,
 )
-from nst_server.scheduler import MAX_DEATHS, MAX_PREPARATIONS, TYPICAL_JOB_S, Scheduler
+from nst_server.scheduler import MAX_ATTEMPTS, MAX_DEATHS, MAX_PREPARATIONS, TYPICAL_JOB_S, Scheduler
 from tests.server.memory import PIXELS, MemoryLedger, new_job, new_spec
 
 PNG = Encoding(ImageFormat.PNG, 95)
@@ -455,7 +455,7 @@ async def test_steering_reaches_a_running_job_by_order_and_a_waiting_one_at_once
         scheduler.steer(job, options, {"content_weight": 3})
     assert hand.orders == [Steer(running.name, {"content_weight": 3})]
     assert (running.now.options.content_weight, waiting.now.options.content_weight) == (0.025, 3)
-    hand.report(Steered(running.name, options))
+    hand.report(Steered(running.name, options, 100))
     assert running.now.options == options
     hand.done()
     await settled()
@@ -512,6 +512,30 @@ async def test_a_dead_worker_costs_an_attempt_and_not_the_job(scheduler: Queue) 
     assert (job.now.error.reason, other.state) == ("WORKER_DIED", "running")
 
 
+async def test_a_job_that_takes_its_servers_along_is_given_up(scheduler: Queue) -> None:
+    """Nobody lives to count how often; but attempts are numbered, and so is the one that the last checkpoint is of."""
+    hand = Held()
+    scheduler.add(hand)
+    for attempts, checkpoint, state in (
+        (MAX_ATTEMPTS, None, "failed"),
+        (MAX_ATTEMPTS - 1, None, "running"),
+        (MAX_ATTEMPTS, Checkpoint("k", 7, 1.0, attempt=1), "running"),
+        (MAX_ATTEMPTS + 1, Checkpoint("k", 7, 1.0, attempt=1), "failed"),
+    ):
+        job = new_job(scheduler.ledger, output=PNG)
+        job.attempted(attempts)
+        job.checkpoint = checkpoint
+        scheduler.submit(job)
+        await settled()
+        assert job.state == state, (attempts, checkpoint)
+        if state == "failed":
+            assert job.now.error is not None
+            assert job.now.error.reason == "GIVEN_UP"
+        else:
+            hand.done()
+            await settled()
+
+
 @pytest.mark.parametrize("ending", [Suspended("x"), Failed("x", "WORKER_DIED", "killed")])
 async def test_what_a_caller_wants_outlives_the_attempt(scheduler: Queue, ending: Ending) -> None:
     """A worker that is suspending already, or dies, never hears of it: a cancel, a change, a pause."""
@@ -523,7 +547,7 @@ async def test_what_a_caller_wants_outlives_the_attempt(scheduler: Queue, ending
     over = scheduler.pause(job)
     second = scheduler.steer(job, StylizeOptions(content_weight=4), {"content_weight": 4})
     assert first and over and second
-    hand.report(Steered(job.name, StylizeOptions(content_weight=3)))
+    hand.report(Steered(job.name, StylizeOptions(content_weight=3), 100))
     assert (first.done(), over.done(), second.done()) == (True, False, False)
     assert scheduler.options(job).content_weight == 4
     hand.end(dataclasses.replace(ending, id=job.name))

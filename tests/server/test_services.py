@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -12,10 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import nst_server
-from nst.v1 import model_service_pb2, options_pb2, style_transfer_service_pb2
+from nst.v1 import job_pb2, model_service_pb2, options_pb2, style_transfer_service_pb2
 from nst_server import Server
 from nst_server.server import SERVICES
-from tests.server.conftest import Caller
+from tests.server.conftest import FOREVER, Caller, read_until, rest, watched
+
+Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
 
 async def test_health_of_every_service_is_serving(caller: Caller) -> None:
@@ -26,6 +30,27 @@ async def test_health_of_every_service_is_serving(caller: Caller) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     refusal = await caller.refusal(stub.Check(health_pb2.HealthCheckRequest(service="nst.v1.None")))
     assert refusal.code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_whoever_has_filled_a_server_with_streams_can_cancel(serve: Callable[..., Any], ask: Ask) -> None:
+    """One stream more is refused with the quota named; calls of one answer pass; a stream that ends makes room."""
+    _, client = await serve(max_streams=2)
+    created = await client.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=ask(**FOREVER)))
+    watch = style_transfer_service_pb2.WatchJobRequest(name=created.name)
+    open_calls = [client.jobs.WatchJob(watch) for _ in range(2)]
+    for call in open_calls:
+        await read_until(call, "snapshot")
+    for refused in (watched(client, created.name), ask()):
+        refusal = await client.refusal(refused)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert refusal.message.startswith("2 streams are open already")
+        assert refusal.quota == "streams"
+
+    cancelled = await client.jobs.CancelJob(style_transfer_service_pb2.CancelJobRequest(name=created.name))
+    assert cancelled.state == job_pb2.JOB_STATE_CANCELLED
+    for call in open_calls:
+        await rest(call)
+    assert (await client.told(ask())).job.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
 async def test_reflection_lists_the_services_and_their_methods(shared: Server) -> None:
@@ -62,7 +87,10 @@ async def test_reflection_lists_the_services_and_their_methods(shared: Server) -
         "GetStyle",
         "ListStyles",
         "DeleteStyle",
+        "ExportStyle",
+        "ImportStyle",
         "ListModels",
+        "ExportModel",
     }
 
 

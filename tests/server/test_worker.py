@@ -13,13 +13,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from google.rpc import code_pb2
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
-from nst_server.executor import ExecutorUnavailable, ProcessExecutor
-from nst_server.messages import WorkerConfig
-from tests.server.conftest import FOREVER, Told, tiny_settings, until
+from nst_model import StylizeOptions
+from nst_server.executor import OBEY_S, ExecutorUnavailable, ProcessExecutor
+from nst_server.messages import (
+    Cancel,
+    Cancelled,
+    Failed,
+    Finish,
+    Message,
+    Progressed,
+    Started,
+    StyleImage,
+    StylizeTask,
+    Suspend,
+    WorkerConfig,
+)
+from tests.server.conftest import FOREVER, Caller, Told, idle, read_until, rest, tiny_settings, until, watched
 
 Ask = Callable[..., style_transfer_service_pb2.StylizeRequest]
 
@@ -29,6 +43,7 @@ START_S = 30
 FRONT = """
 import asyncio, json, sys
 import grpc
+from nst.v1 import model_service_pb2, model_service_pb2_grpc
 from nst.v1 import style_transfer_service_pb2, style_transfer_service_pb2_grpc
 from nst_server import Server, Settings
 
@@ -40,6 +55,9 @@ async def main():
         async with grpc.aio.insecure_channel(server.address) as channel:
             stub = style_transfer_service_pb2_grpc.StyleTransferServiceStub(channel)
             async for _ in stub.Stylize(whole):
+                pass
+            export = model_service_pb2.ExportModelRequest(format="EXPORT_FORMAT_TORCHSCRIPT")
+            async for _ in model_service_pb2_grpc.ModelServiceStub(channel).ExportModel(export):
                 pass
             async for response in stub.Stylize(endless):
                 if response.event.progress.iteration == 5:
@@ -58,6 +76,35 @@ async def test_a_worker_that_refuses_to_start_is_not_replaced(tiny_weights_file:
         await executor.start()
     await until(lambda: executor.pid is None)
     assert executor._replacing is None
+    await executor.close()
+
+
+async def test_a_task_ends_once_however_many_workers_die(tiny_weights_file: Path, tmp_path: Path) -> None:
+    """One dies before the task is sent, its successor while starting: the third must not compute what has ended."""
+    executor = ProcessExecutor(WorkerConfig("cpu", 1, "vgg16", {"vgg16": tiny_weights_file}, tmp_path, 1 << 20))
+    await executor.start()
+    heard: list[Message] = []
+
+    def endless(attempt: int) -> StylizeTask:
+        pixels = np.zeros((48, 48, 3), np.uint8)
+        options = StylizeOptions.of("gatys", iterations=10_000, init="noise")
+        styles = (StyleImage(pixels, "0" * 64, 48, 1.0),)
+        return StylizeTask("jobs/a", "vgg16", pixels, styles, options, 0, attempt=attempt)
+
+    assert executor.pid is not None
+    os.kill(executor.pid, signal.SIGKILL)
+    await until(lambda: executor._replacing is not None)
+    first = asyncio.create_task(executor.run(endless(1), heard.append))
+    await until(lambda: executor.pid is not None)
+    assert executor.pid is not None
+    os.kill(executor.pid, signal.SIGKILL)
+    assert isinstance(await asyncio.wait_for(first, START_S), Failed)
+
+    again = asyncio.create_task(executor.run(endless(2), heard.append))
+    await until(lambda: any(isinstance(message, Progressed) for message in heard), START_S)
+    executor.order(Cancel("jobs/a"))
+    assert isinstance(await asyncio.wait_for(again, 5), Cancelled)
+    assert sum(isinstance(message, Started) for message in heard) == 1
     await executor.close()
 
 
@@ -139,6 +186,90 @@ async def test_a_job_that_kills_its_workers_fails_alone(
     began = time.monotonic()
     await server.stop()
     assert time.monotonic() - began < 2, "a server does not wait for a worker that nobody needs any more"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("order", ["cancel", "delete"])
+async def test_a_worker_that_hangs_is_killed_when_its_job_is_to_end(
+    serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """SIGSTOP, as a GPU that does not answer: the caller is answered in time, and the device takes the next job."""
+    monkeypatch.setitem(OBEY_S, Cancel, 0.5)
+    server, client = await serve()
+    (executor,) = server.executors
+    name = await hanging(client, executor, ask(**FOREVER))
+    began = time.monotonic()
+    if order == "cancel":
+        job = await client.jobs.CancelJob(style_transfer_service_pb2.CancelJobRequest(name=name))
+        assert job.state == job_pb2.JOB_STATE_CANCELLED
+    else:
+        await client.jobs.DeleteJob(style_transfer_service_pb2.DeleteJobRequest(name=name))
+    assert time.monotonic() - began < 5
+    told = await asyncio.wait_for(client.told(ask()), START_S)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+
+@pytest.mark.timeout(60)
+async def test_a_job_whose_worker_hangs_can_be_paused_and_finished(
+    serve: Callable[..., Any], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that was kept is lost: it goes on from its last checkpoint, on another worker."""
+    monkeypatch.setitem(OBEY_S, Suspend, 0.5)
+    monkeypatch.setitem(OBEY_S, Finish, 0.5)
+    server, client = await serve(checkpoint_interval_s=0.1)
+    (executor,) = server.executors
+    name = await hanging(client, executor, ask(**FOREVER), progress=100)
+
+    update = style_transfer_service_pb2.UpdateJobRequest
+    job = await asyncio.wait_for(client.jobs.UpdateJob(update(name=name, paused=True)), 3)
+    assert job.state == job_pb2.JOB_STATE_PAUSED
+    await client.jobs.UpdateJob(update(name=name, paused=False))
+    call = client.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=name, after_sequence=job.sequence))
+    resumed = await read_until(call, "progress")
+    os.kill(executor.pid or 0, signal.SIGSTOP)
+    call.cancel()
+    assert (resumed.attempt, resumed.progress.iteration > 1) == (2, True), "it began anew"
+    await client.jobs.UpdateJob(update(name=name, finish=True))
+
+    told = await asyncio.wait_for(watched(client, name), START_S)
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+    assert told.job.attempt == 3
+    assert told.job.result.stop_reason == job_pb2.STOP_REASON_FINISHED
+
+
+async def test_a_worker_that_obeys_is_left_alone(serve: Callable[..., Any], ask: Ask) -> None:
+    """Cancel, pause, finish: the process is the same, also when the time for it has passed."""
+    server, client = await serve()
+    (executor,) = server.executors
+    pid = executor.pid
+    with pytest.MonkeyPatch.context() as patch:
+        for order in OBEY_S:
+            patch.setitem(OBEY_S, order, 2)
+        call = client.jobs.Stylize(ask(**FOREVER))
+        name = (await read_until(call, "snapshot")).snapshot.name
+        await read_until(call, "progress")
+        update = style_transfer_service_pb2.UpdateJobRequest
+        await client.jobs.UpdateJob(update(name=name, paused=True))
+        await client.jobs.UpdateJob(update(name=name, paused=False))
+        await client.jobs.UpdateJob(update(name=name, finish=True))
+        assert (await rest(call)).job.state == job_pb2.JOB_STATE_SUCCEEDED
+        running = client.jobs.Stylize(ask(**FOREVER))
+        await read_until(running, "progress")
+        await asyncio.sleep(2.2)
+        running.cancel()
+        await until(lambda: idle(server))
+        assert executor.pid == pid
+
+
+async def hanging(client: Caller, executor: ProcessExecutor, request: Any, *, progress: int = 5) -> str:
+    """Create a job, and stop its worker when it has made some iterations; return the job's name."""
+    created = await client.jobs.CreateJob(style_transfer_service_pb2.CreateJobRequest(request=request))
+    call = client.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=created.name))
+    while (await read_until(call, "progress")).progress.iteration < progress:
+        pass
+    os.kill(executor.pid or 0, signal.SIGSTOP)
+    call.cancel()
+    return str(created.name)
 
 
 async def test_front_never_imports_torch_and_takes_its_worker_with_it(

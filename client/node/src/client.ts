@@ -4,11 +4,11 @@ import { contract } from './contract.js';
 import { loadFile, loadStyles, type ImageFile, type StyleImageSource } from './images.js';
 import type { EncodedImage } from './image_parts.js';
 import type { Job, JobState, Model, OptionDescription, Preset, Preview, StoredImage, Style } from './messages.js';
-import type { StylizeOptions } from './messages.js';
+import type { ModelExport, StyleExport, StylizeOptions } from './messages.js';
 import { camelCase, fromPlain, toPlain } from './plain.js';
 import { stylizeMessage, type StylizeRequest } from './requests.js';
 import { Stylization } from './stylization.js';
-import { download, upload } from './transfers.js';
+import { download, downloadFile, upload, type ExportedFile, type OnProgress } from './transfers.js';
 
 /** What `createStyle` needs. */
 export interface CreateStyleRequest {
@@ -18,6 +18,20 @@ export interface CreateStyleRequest {
   readonly id?: string | undefined;
   /** A name for people. */
   readonly displayName?: string | undefined;
+}
+
+/** How to keep an imported style. */
+export interface ImportOptions extends CallOptions {
+  /** The last part of the style's name. Default: made from the content. */
+  readonly id?: string | undefined;
+  /** A name for people. Default: the one in the file. */
+  readonly displayName?: string | undefined;
+}
+
+/** How to fetch a file that the server makes. */
+export interface ExportOptions extends CallOptions {
+  /** Is told how far the file has come. */
+  readonly onProgress?: OnProgress | undefined;
 }
 
 /** How to list. */
@@ -189,6 +203,35 @@ export class NstClient {
     await this.#call(contract.StyleService.service.DeleteStyle, message, options);
   }
 
+  /** A style as a style file: means and Gram matrices without images, for `importStyle` on any server. */
+  async exportStyle(name: string, style: StyleExport = {}, options: ExportOptions = {}): Promise<ExportedFile> {
+    const message = fromPlain(contract.ExportStyleRequest, { ...style, name });
+    const { ExportStyle } = contract.StyleService.service;
+    return this.#within(options, (signal) =>
+      downloadFile(this.#connection, ExportStyle, message, signal, options.onProgress),
+    );
+  }
+
+  /** Stores a style file as a style. The same file and id give the same style again. */
+  async importStyle(file: Uint8Array | string | URL, options: ImportOptions = {}): Promise<Style> {
+    const { id, displayName, ...limits } = options;
+    const data = await loadFile(file, 'data');
+    const message = fromPlain(contract.ImportStyleRequest, { styleId: id, displayName, data });
+    return toPlain(contract.Style, await this.#call(contract.StyleService.service.ImportStyle, message, limits));
+  }
+
+  /**
+   * A feature model, or all that an optimization evaluates, as a file for another runtime. The server makes one file at a
+   * time, which takes it seconds to minutes; a file that breaks off on the way is taken up where it broke.
+   */
+  async exportModel(model: ModelExport = {}, options: ExportOptions = {}): Promise<ExportedFile> {
+    const message = fromPlain(contract.ExportModelRequest, model);
+    const { ExportModel } = contract.ModelService.service;
+    return this.#within(options, (signal) =>
+      downloadFile(this.#connection, ExportModel, message, signal, options.onProgress),
+    );
+  }
+
   /** The feature models that the server knows, the default one first. */
   async listModels(options?: CallOptions): Promise<Model[]> {
     const models: Model[] = [];
@@ -230,8 +273,9 @@ export class NstClient {
     this.close();
   }
 
-  #call<In, Out>(method: Method<In, Out>, message: In, options?: CallOptions): Promise<Out> {
-    return this.#within(options, (signal) => this.#connection.unary(method, message, signal));
+  #call<In, Out>(method: Method<In, Out>, message: In, options: CallOptions = {}): Promise<Out> {
+    const limits = { ...options, deadlineMs: options.deadlineMs ?? this.#connection.timeoutMs };
+    return this.#within(limits, (signal) => this.#connection.unary(method, message, signal));
   }
 
   /** Does something that keeps the connection in use, and is over when the signal fires. */

@@ -16,13 +16,18 @@ export interface ClientOptions {
    * again, and calls that can be repeated are. Counted anew from every event; 0 for no second try. Default: 60,000.
    */
   readonly patienceMs?: number | undefined;
+  /**
+   * Milliseconds that a call with one answer may take, unless its own `deadlineMs` says otherwise. Not for what lasts as
+   * long as a job or a file: `stylize`, `createJob`, `watchJob`, `uploadImage`, `downloadImage`. Default: 120,000.
+   */
+  readonly timeoutMs?: number | undefined;
 }
 
 /** When to give a call up. */
 export interface CallOptions {
   /** Aborting it cancels the call, and with `stylize` the job. */
   readonly signal?: AbortSignal | undefined;
-  /** Milliseconds until the call, and with `stylize` the job, is given up. Default: none. */
+  /** Milliseconds until the call, and with `stylize` the job, is given up. Default: see `ClientOptions.timeoutMs`. */
   readonly deadlineMs?: number | undefined;
 }
 
@@ -37,6 +42,11 @@ const FIRST_BACKOFF_MS = 200;
 const MAX_BACKOFF_MS = 5_000;
 /** The server says something every 10 seconds at least. */
 const SILENCE_MS = 30_000;
+const TIMEOUT_MS = 120_000;
+/** When nothing has come for this long during a call, the server is asked whether it is still there. */
+const KEEPALIVE_MS = 45_000;
+/** How long the answer may take; the question waits behind images that are being sent. */
+const PING_TIMEOUT_MS = 30_000;
 
 /** A connection to one server, made at the first call and again when it is lost. */
 export class Connection {
@@ -59,6 +69,11 @@ export class Connection {
   /** Whether there was ever a server at the address. */
   get reached(): boolean {
     return this.#reached;
+  }
+
+  /** How long a call with one answer may take, milliseconds. */
+  get timeoutMs(): number {
+    return this.#options.timeoutMs ?? TIMEOUT_MS;
   }
 
   /** Keeps the connection while it is in use, even if it is closed meanwhile; returns what ends that. */
@@ -159,6 +174,8 @@ export class Connection {
       // While grpc-js waits to connect again, every call fails at once: its waits must not be longer than ours.
       'grpc.initial_reconnect_backoff_ms': FIRST_BACKOFF_MS,
       'grpc.max_reconnect_backoff_ms': MAX_BACKOFF_MS,
+      'grpc.keepalive_time_ms': KEEPALIVE_MS,
+      'grpc.keepalive_timeout_ms': PING_TIMEOUT_MS,
       // Else the next client would be given this one's connection, dead or alive.
       'grpc.use_local_subchannel_pool': 1,
       ...this.#options.channelOptions,

@@ -1,7 +1,15 @@
 // Client of the neural style transfer service.
 export { credentials } from '@grpc/grpc-js';
 export { NstClient } from './client.js';
-export type { CreateStyleRequest, JobUpdate, ListJobsOptions, ListOptions, WatchOptions } from './client.js';
+export type {
+  CreateStyleRequest,
+  ExportOptions,
+  ImportOptions,
+  JobUpdate,
+  ListJobsOptions,
+  ListOptions,
+  WatchOptions,
+} from './client.js';
 export type { CallOptions, ClientOptions } from './connection.js';
 export {
   AlreadyExistsError,
@@ -37,6 +45,7 @@ export type {
   JobResult,
   JobState,
   Model,
+  ModelExport,
   OptionDescription,
   Preset,
   Preview,
@@ -44,6 +53,7 @@ export type {
   StopReason,
   StoredImage,
   Style,
+  StyleExport,
   StylizeOptions,
 } from './messages.js';
 export { readParameters } from './parameters.js';
@@ -52,3 +62,4 @@ export type { JsonValue } from './plain.js';
 export type { StylizeRequest } from './requests.js';
 export type { FieldViolation } from './status_details.js';
 export type { Stylization } from './stylization.js';
+export type { ExportedFile, OnProgress } from './transfers.js';

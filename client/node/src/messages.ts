@@ -1,5 +1,7 @@
 // The contract's messages as this client takes and returns them. Their fields and comments come from the .proto files.
 import type { Encoding as WireEncoding } from './generated/nst/v1/Encoding.js';
+import type { ExportModelRequest as WireExportModelRequest } from './generated/nst/v1/ExportModelRequest.js';
+import type { ExportStyleRequest as WireExportStyleRequest } from './generated/nst/v1/ExportStyleRequest.js';
 import type { ImageFormat as WireImageFormat } from './generated/nst/v1/ImageFormat.js';
 import type { Job as WireJob } from './generated/nst/v1/Job.js';
 import type { JobResult as WireJobResult } from './generated/nst/v1/JobResult.js';
@@ -19,6 +21,10 @@ export type JobState = Choice<WireJobState>;
 export type StopReason = Choice<WireStopReason>;
 
 export interface Encoding extends Input<WireEncoding> {}
+/** What to export of which feature model; what is left out is the server's choice. */
+export interface ModelExport extends Omit<Input<WireExportModelRequest>, 'offset' | 'sha256'> {}
+/** For which pictures a style file is to be; what is left out is the server's choice. */
+export interface StyleExport extends Omit<Input<WireExportStyleRequest>, 'name' | 'offset' | 'sha256'> {}
 export interface Preview extends Input<WirePreview> {}
 export interface StylizeOptions extends Input<WireStylizeOptions> {}
 

@@ -67,7 +67,7 @@ export class Stylization implements AsyncIterable<StylizeEvent> {
   #name = '';
   #job: Job | undefined;
   #lastSequence = 0;
-  #lastFrame = { attempt: -1, iteration: -1 };
+  #lastFrame = -1;
   #snapshotSeen = false;
   /** Whether the result came, or came before the events that were asked for. */
   #finished = false;
@@ -209,9 +209,9 @@ export class Stylization implements AsyncIterable<StylizeEvent> {
       return !again;
     }
     if (event.kind === 'frame') {
-      const { attempt, iteration } = this.#lastFrame;
-      if (event.attempt === attempt && event.iteration <= iteration) return false;
-      this.#lastFrame = { attempt: event.attempt, iteration: event.iteration };
+      // Iterations that are made again, after a crash of the server, show what was seen already.
+      if (event.iteration <= this.#lastFrame) return false;
+      this.#lastFrame = event.iteration;
       return true;
     }
     if (event.sequence <= this.#lastSequence) return false;

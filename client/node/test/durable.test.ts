@@ -15,6 +15,8 @@ import {
   type Job,
   type StylizeEvent,
 } from '@nst/client';
+import type { ExportModelRequest } from '../dist/generated/nst/v1/ExportModelRequest.js';
+import type { FilePart__Input } from '../dist/generated/nst/v1/FilePart.js';
 import type { JobEvent__Input } from '../dist/generated/nst/v1/JobEvent.js';
 import type { Image } from '../dist/generated/nst/v1/Image.js';
 import type { StylizeRequest } from '../dist/generated/nst/v1/StylizeRequest.js';
@@ -164,6 +166,33 @@ test('what comes again is not shown again', async () => {
   );
   const client = await connect(script);
   assert.deepEqual(sequences(await collect(client.stylize(PHOTO))), WHOLE);
+});
+
+test('frames never go back: iterations that are made again after a crash are not shown again', async () => {
+  const frame = (iteration: number, attempt: number) => ({
+    sequence: 2,
+    attempt,
+    frame: { iteration, image: parts(Buffer.from(`frame ${iteration}`))[0]! },
+  });
+  const { script } = inTurn(
+    async (call) => {
+      await tell(call, 0, 1);
+      for (const iteration of [0, 1, 2]) await send(call, frame(iteration, 1));
+      broken(call);
+    },
+    async (call) => {
+      await tell(call, 1, 1);
+      for (const iteration of [1, 2, 3]) await send(call, frame(iteration, 2));
+      for (const number of [5, 6]) for (const message of event(number)) await send(call, message);
+      call.end();
+    },
+  );
+  const client = await connect(script);
+  const all = await collect(client.stylize(PHOTO));
+  assert.deepEqual(
+    all.flatMap((event) => (event.kind === 'frame' ? [event.iteration] : [])),
+    [0, 1, 2, 3],
+  );
 });
 
 test('heartbeats and kinds of event that are newer than this client are swallowed', async () => {
@@ -706,4 +735,141 @@ test('images too large for one request are uploaded first, each once; smaller on
     [...uploads.values()].every(({ data }) => data.length === 0),
     'nothing is sent twice',
   );
+});
+
+/** The parts of a file that the server made, as it cuts it. */
+function fileParts(data: Buffer, offset = 0, size = 2 * MIB): FilePart__Input[] {
+  const whole = { totalBytes: data.length, sha256: sha256(data), fileName: 'tiny-closure.onnx' };
+  const cut: FilePart__Input[] = [];
+  do cut.push({ ...whole, offset, data: data.subarray(offset, offset + size) });
+  while ((offset += size) < data.length);
+  return cut;
+}
+
+test('a model comes as a file in parts, after signs of life, and goes on after an interruption', async () => {
+  const file = randomBytes(5 * MIB);
+  const asked: ExportModelRequest[] = [];
+  const told: [number, number | undefined][] = [];
+  const client = await connect({
+    ExportModel(call) {
+      asked.push(call.request);
+      call.write({});
+      const [next] = fileParts(file, call.request.offset);
+      call.write(next!);
+      if (Number(next!.offset) + next!.data!.length < file.length) call.emit('error', AWAY);
+      else call.end();
+    },
+  });
+  const request = {
+    model: 'tiny',
+    graph: 'closure',
+    format: 'onnx',
+    precision: 'fp16',
+    contentLayers: ['relu3_1'],
+    styleLayers: ['relu1_1', 'relu2_1'],
+    pooling: 'average',
+    padding: 'zeros',
+  } as const;
+  const onProgress = (received: number, total: number | undefined) => void told.push([received, total]);
+  const exported = await client.exportModel(request, { onProgress });
+  assert.ok(exported.data.equals(file));
+  assert.deepEqual([exported.name, exported.sha256], ['tiny-closure.onnx', sha256(file)]);
+  assert.deepEqual(
+    asked.map(({ offset, sha256: named }) => [offset, named]),
+    [
+      [0, ''],
+      [2 * MIB, sha256(file)],
+      [4 * MIB, sha256(file)],
+    ],
+  );
+  const { model, graph, format, precision, contentLayers, styleLayers, pooling, padding } = asked[0]!;
+  assert.deepEqual([model, graph, format], ['tiny', 'EXPORT_GRAPH_CLOSURE', 'EXPORT_FORMAT_ONNX']);
+  assert.deepEqual([contentLayers, styleLayers], [['relu3_1'], ['relu1_1', 'relu2_1']]);
+  assert.deepEqual([precision, pooling, padding], ['EXPORT_PRECISION_FP16', 'POOLING_AVERAGE', 'PADDING_ZEROS']);
+  assert.deepEqual(told.slice(0, 3), [
+    [0, undefined],
+    [2 * MIB, file.length],
+    [2 * MIB, file.length],
+  ]);
+  assert.deepEqual(told.at(-1), [file.length, file.length]);
+});
+
+test('a server that came back with another file sends it from its start', async () => {
+  const [before, after] = [randomBytes(3 * MIB), randomBytes(MIB)];
+  let calls = 0;
+  const client = await connect({
+    ExportModel(call) {
+      if (calls++) for (const part of fileParts(after)) call.write(part);
+      else call.write(fileParts(before)[0]!);
+      if (calls === 1) call.emit('error', AWAY);
+      else call.end();
+    },
+  });
+  const { data, sha256: named } = await client.exportModel();
+  assert.ok(data.equals(after));
+  assert.equal(named, sha256(after));
+});
+
+test('a file that is damaged or incomplete is a BrokenStreamError', async () => {
+  const file = randomBytes(1000);
+  const [first, second] = fileParts(file, 0, 600) as [any, any];
+  for (const [sent, message] of [
+    [[first, { ...second, data: Buffer.alloc(400) }], /^tiny-closure.onnx has the SHA-256/],
+    [[first], /has 600 bytes, not 1000/],
+    [[second], /has a part at 600 where 0 was due/],
+    [[first, { ...second, sha256: 'ab' }], /has a part at 600 where 600 was due/],
+    [[{}], /came without its data/],
+  ] as [any[], RegExp][]) {
+    const client = await connect({
+      ExportModel(call) {
+        for (const part of sent) call.write(part);
+        call.end();
+      },
+    });
+    const error = await rejection(client.exportModel());
+    assert.ok(error instanceof BrokenStreamError, String(error));
+    assert.match(error.message, message);
+  }
+});
+
+test('a style is exported and imported as a file', async () => {
+  const asked: any[] = [];
+  const file = Buffer.from('moments');
+  const client = await connect({
+    ExportStyle(call) {
+      asked.push(call.request);
+      for (const part of fileParts(file)) call.write(part);
+      call.end();
+    },
+    ImportStyle: (call, done) => {
+      asked.push(call.request);
+      done(null, { name: 'styles/sea', file: { model: 'models/tiny', pooling: 'POOLING_MAX', sizesPx: [256] } });
+    },
+  });
+  const exported = await client.exportStyle('sea', { model: 'tiny', options: { sizePx: 256, preset: 'gatys' } });
+  assert.ok(exported.data.equals(file));
+  const { name, model, options } = asked[0];
+  assert.deepEqual([name, model, options.sizePx, options.preset], ['sea', 'tiny', 256, 'PRESET_GATYS']);
+
+  const style = await client.importStyle(exported.data, { id: 'sea', displayName: 'The sea' });
+  assert.ok(asked[1].data.equals(file));
+  assert.deepEqual([asked[1].styleId, asked[1].displayName], ['sea', 'The sea']);
+  assert.deepEqual([style.file?.pooling, style.file?.sizesPx], ['max', [256]]);
+  const missing = await rejection(client.importStyle('/no/such/file'));
+  assert.ok(missing instanceof InvalidArgumentError && missing.field === 'data');
+});
+
+test('an export that is aborted ends the call', async () => {
+  let left!: () => void;
+  const gone = new Promise<void>((resolve) => (left = resolve));
+  const client = await connect({
+    ExportModel(call) {
+      call.write({});
+      call.on('cancelled', left);
+    },
+  });
+  const stop = new AbortController();
+  const options = { signal: stop.signal, onProgress: () => stop.abort() };
+  assert.ok((await rejection(client.exportModel({}, options))) instanceof CancelledError);
+  await gone;
 });

@@ -202,6 +202,47 @@ test('a style is created, found, listed, used and deleted', async () => {
   assert.ok((await rejection(client.getStyle(created.name))) instanceof NotFoundError);
 });
 
+test('a style travels as a file, and makes the same picture', async () => {
+  const id = `node-file-${process.pid}-${Date.now()}`;
+  const small = { ...options, precision: 'fp32' } as const;
+  const original = await client.createStyle({ images: [stripes, checks], id });
+  const { data, name } = await client.exportStyle(original.name, { options: small });
+  assert.equal(name, `${id}.style.safetensors`);
+  const imported = await client.importStyle(data, { id: `${id}-again`, displayName: 'Brought along' });
+  try {
+    assert.deepEqual([imported.displayName, imported.images.length], ['Brought along', 0]);
+    assert.equal(imported.file?.sizesPx.at(-1), options.sizePx);
+    assert.deepEqual(
+      imported.file?.images.map(({ sha256 }) => sha256),
+      original.images.map(({ sha256 }) => sha256),
+    );
+    const [first, second] = await Promise.all(
+      [original, imported].map(({ name: style }) =>
+        client.stylize({ content: photo, styles: [{ style }], options: small }, { deadlineMs }).result(),
+      ),
+    );
+    assert.equal(second!.loss, first!.loss);
+    const large = { ...small, sizePx: 96 };
+    const refused = await rejection(
+      client.stylize({ content: photo, styles: [{ style: imported.name }], options: large }).result(),
+    );
+    assert.ok(refused instanceof InvalidArgumentError && refused.field === 'options.size_px');
+  } finally {
+    await client.deleteStyle(original.name);
+    await client.deleteStyle(imported.name);
+  }
+});
+
+test('a model is exported for another runtime', async () => {
+  const exported = await client.exportModel({ graph: 'features', format: 'torchscript' }, { deadlineMs });
+  assert.match(exported.name, /features.*\.pt$/);
+  assert.ok(exported.data.includes('nst.json'));
+  const again = await client.exportModel({ graph: 'features', format: 'torchscript' }, { deadlineMs });
+  assert.equal(again.sha256, exported.sha256);
+  const wrong = await rejection(client.exportModel({ layers: ['relu9_9'], graph: 'features' }));
+  assert.ok(wrong instanceof InvalidArgumentError && wrong.field === 'layers[relu9_9]');
+});
+
 /** A value of an option that is not its default. */
 function another({ key, type, defaultValue, choices, minimum, maximum }: OptionDescription): unknown {
   if (type === 'choice') return choices.filter((choice) => choice !== defaultValue && choice !== 'image')[0];

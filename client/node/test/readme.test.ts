@@ -34,6 +34,8 @@ before(async () => {
   const picture = Buffer.from('the picture');
   const stored = { name: `images/${createHash('sha256').update(picture).digest('hex')}`, totalBytes: picture.length };
   const ended = { name: 'jobs/1', state: 'JOB_STATE_SUCCEEDED' as const, result: { image: stored.name } };
+  const sha256 = createHash('sha256').update(picture).digest('hex');
+  const model = { data: picture, totalBytes: picture.length, sha256, fileName: 'closure.onnx' };
   server = await ScriptedServer.start({
     stylize: (call) => job(call),
     watch: (call) => job(call),
@@ -47,6 +49,9 @@ before(async () => {
       for (const part of parts(picture)) call.write(part);
       call.end();
     },
+    ExportModel: (call) => (call.write(model), call.end()),
+    ExportStyle: (call) => (call.write(model), call.end()),
+    ImportStyle: reply(() => ({ name: 'styles/waves-again' })),
   });
 });
 
@@ -70,13 +75,14 @@ test('every program in the README runs', async () => {
   job = (call) => wholeJob(call);
   for (const [index, code] of rest.entries()) {
     const program = join(programs, `${index}.mjs`);
-    await writeFile(program, code.replace(/NstClient\((?:'localhost:50051')?\)/, `NstClient('${server.address}')`));
+    await writeFile(program, code.replaceAll(/NstClient\((?:'localhost:50051')?\)/g, `NstClient('${server.address}')`));
     await run(process.execPath, [program], { cwd: folder, timeout: 20_000 });
   }
   assert.equal(await readFile(join(folder, 'preview.jpg'), 'utf8'), 'frame 2');
   assert.equal(await readFile(join(folder, 'result.png'), 'utf8'), 'the picture');
   assert.equal(await readFile(join(folder, 'result.tiff'), 'utf8'), 'the picture');
   assert.equal(await readFile(join(folder, 'jobs-1.png'), 'utf8'), 'the picture');
+  assert.equal(await readFile(join(folder, 'closure.onnx'), 'utf8'), 'the picture');
 });
 
 test('examples/stylize.mjs writes the frames and the result, and shows the progress', async () => {

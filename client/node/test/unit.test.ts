@@ -393,6 +393,19 @@ test('unary calls can be aborted and have deadlines', async () => {
   assert.ok((await waiting) instanceof CancelledError);
 });
 
+test('a server that says nothing is not waited for: calls with one answer have a deadline by themselves', async () => {
+  const client = await connect({ GetJob: () => undefined, DeleteJob: () => undefined }, { timeoutMs: 50 });
+  for (const call of [client.getJob('x'), client.deleteJob('x')]) {
+    const late = await rejection(call);
+    assert.ok(late instanceof DeadlineExceededError, String(late));
+  }
+  const slow = await connect(
+    { GetJob: (_, answer) => void setTimeout(() => answer(null, { name: 'jobs/x' }), 150) },
+    { timeoutMs: 50 },
+  );
+  assert.equal((await slow.getJob('x', { deadlineMs: 5_000 })).name, 'jobs/x', 'a deadline of its own goes first');
+});
+
 /** A job that sends progress until it is cancelled. */
 async function endless() {
   let ended!: () => void;

@@ -29,7 +29,6 @@ from nst_server.errors import NotFound, StorageDamaged
 from nst_server.storage.faults import refused
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
     from obstore.store import ObjectStore, RetryConfig
 
 T = TypeVar("T")
@@ -48,13 +47,22 @@ THREADS = ThreadPoolExecutor(16, "nst-blobs")
 """Where the library is called. Its coroutines end in threads of its own, which abort a process that exits meanwhile."""
 
 
-@dataclass(frozen=True)
-class Blob:
-    """A blob without its bytes. `bytes` is their number."""
+READ_BYTES = 2 * 1024 * 1024
+"""What is read at once of a file that is read in parts."""
 
-    sha256: str
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored by a name, without its bytes. `bytes` is their number."""
+
+    key: str
     bytes: int
     modified: datetime
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes, of what is stored by it."""
+        return self.key.rsplit("/", 1)[1]
 
 
 class Blobs:
@@ -107,13 +115,37 @@ class Blobs:
         """
         return await self._do(self._read, _key(sha256), start, length)
 
+    async def parts(self, sha256: str, size: int, start: int = 0) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield the `size` bytes of a hash from `start` on, in parts, each with its place.
+
+        Raises NotFound, and StorageDamaged if they are others: before the last part, so that nobody has them all.
+        """
+        digest, offset = hashlib.sha256(), 0
+        while offset < size:
+            data = await self.read(sha256, offset, min(READ_BYTES, size - offset))
+            await self._do(digest.update, data)
+            if not data or (offset + len(data) == size and digest.hexdigest() != sha256):
+                raise self._damaged(_key(sha256), sha256)
+            if (skipped := max(0, start - offset)) < len(data):
+                yield offset + skipped, data[skipped:]
+            offset += len(data)
+
+    async def intact(self, sha256: str, size: int) -> bool:
+        """Return whether the `size` bytes of a hash are here, and are those."""
+        try:
+            async for _ in self.parts(sha256, size):
+                pass
+        except (NotFound, StorageDamaged):
+            return False
+        return True
+
     async def exists(self, sha256: str) -> bool:
-        """Return whether the bytes of a hash are here."""
+        """Return whether something is here by a hash."""
         return await self._do(self._exists, _key(sha256))
 
-    async def delete(self, sha256: str) -> None:
-        """Delete the bytes of a hash, if they are here."""
-        await self.remove(_key(sha256))
+    async def delete(self, *sha256s: str) -> None:
+        """Delete the bytes of some hashes, if they are here."""
+        await asyncio.gather(*(self.remove(_key(sha256)) for sha256 in sha256s))
 
     async def write(self, key: str, data: bytes) -> None:
         """Keep bytes by a name, in place of what had it."""
@@ -128,7 +160,8 @@ class Blobs:
         with refused(self._place):
             obstore.put(self._store, key, data)
             if self._folder:
-                _settle(self._folder, key)
+                with contextlib.suppress(FileNotFoundError):  # it has been removed again
+                    _settle(self._folder, key)
 
     def fetch_now(self, key: str, sha256: str = "") -> bytes:
         """Do what `fetch` does, and block."""
@@ -138,7 +171,7 @@ class Blobs:
             except FileNotFoundError:
                 raise _nothing(key) from None
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise StorageDamaged(f"{self._place}: {key} is damaged: its {len(data)} bytes are not of SHA-256 {sha256}")
+            raise self._damaged(key, sha256)
         return data
 
     async def remove(self, *keys: str) -> None:
@@ -148,7 +181,7 @@ class Blobs:
 
     async def keys(self, prefix: str) -> list[str]:
         """Return the names below a prefix of whole segments, `checkpoints/4f1c` for instance, in order."""
-        return sorted([found["path"] async for found in self._below(prefix)])
+        return sorted([found.key async for found in self.below(prefix)])
 
     async def remove_below(self, prefix: str) -> None:
         """Delete whatever has a name below a prefix."""
@@ -160,13 +193,14 @@ class Blobs:
 
     async def assembled(self, upload_id: str) -> bytes:
         """Return the parts of an upload, joined; some may overlap. Raises StorageDamaged if one is missing."""
-        data = bytearray()
+        parts, end = [], 0
         for key in await self.keys(f"uploads/{upload_id}"):
             offset = int(key.rsplit("/", 1)[1].split("-")[0])
-            if offset > len(data):
-                raise StorageDamaged(f"{self._place}: the upload {upload_id!r} has a gap at byte {len(data)}")
-            data += (await self.fetch(key))[len(data) - offset :]
-        return bytes(data)
+            if offset > end:
+                raise StorageDamaged(f"{self._place}: the upload {upload_id!r} has a gap at byte {end}")
+            parts.append((await self.fetch(key))[end - offset :])
+            end += len(parts[-1])
+        return b"".join(parts)
 
     async def drop_parts(self, upload_id: str) -> None:
         """Delete the parts of an upload."""
@@ -177,21 +211,29 @@ class Blobs:
         if self._folder:
             await self._do(_clean, self._folder, older_than)
 
-    async def list(self) -> AsyncIterator[Blob]:
-        """Yield the blobs, in no order."""
-        async for found in self._below("blobs"):
-            if SHA256.fullmatch(name := found["path"].rsplit("/", 1)[1]):
-                yield Blob(name, found["size"], found["last_modified"].astimezone(UTC))
+    async def list(self) -> AsyncIterator[Stored]:
+        """Yield the bytes that are stored by their hash, in no order."""
+        async for found in self.below("blobs"):
+            if SHA256.fullmatch(found.sha256):
+                yield found
+
+    async def below(self, prefix: str) -> AsyncIterator[Stored]:
+        """Yield what is stored below a prefix of whole segments, in no order."""
+        if self._folder:
+            for stored in await self._do(_walk, self._folder, prefix):
+                yield stored
+            return
+        pages = iter(await self._do(obstore.list, self._store, prefix))
+        while page := await self._do(next, pages, None):
+            for found in page:
+                yield Stored(found["path"], found["size"], found["last_modified"].astimezone(UTC))
+
+    def _damaged(self, key: str, sha256: str) -> StorageDamaged:
+        return StorageDamaged(f"{self._place}: {key} is damaged: its bytes are not of SHA-256 {sha256}")
 
     async def _do(self, work: Callable[..., T], *arguments: object) -> T:
         with refused(self._place):
             return await asyncio.get_running_loop().run_in_executor(THREADS, work, *arguments)
-
-    async def _below(self, prefix: str) -> AsyncIterator[ObjectMeta]:
-        pages = iter(await self._do(obstore.list, self._store, prefix))
-        while page := await self._do(next, pages, None):
-            for found in page:
-                yield found
 
     def _read(self, key: str, start: int, length: int) -> bytes:
         try:
@@ -233,6 +275,20 @@ def _settle(folder: Path, key: str) -> None:
             os.close(descriptor)
         if path == folder:
             return
+
+
+def _walk(folder: Path, prefix: str) -> list[Stored]:
+    """Return what is below a folder; the library's own listing fails when a file goes meanwhile."""
+    found = []
+    for place, _, names in os.walk(folder / prefix):
+        for name in names:
+            file = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):
+                if not UNFINISHED.fullmatch(name):
+                    status = file.stat()
+                    modified = datetime.fromtimestamp(status.st_mtime, UTC)
+                    found.append(Stored(file.relative_to(folder).as_posix(), status.st_size, modified))
+    return found
 
 
 def _clean(folder: Path, older_than: datetime) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import sqlite3
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -19,6 +20,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Select,
     Update,
@@ -27,7 +29,6 @@ from sqlalchemy import (
     delete,
     event,
     exists,
-    false,
     func,
     insert,
     or_,
@@ -53,6 +54,7 @@ from nst_server.errors import (
 from nst_server.storage.faults import LeaseLost, OutOfSequence, SchemaNewer, refused
 from nst_server.storage.records import (
     ENDED,
+    PAUSED,
     PROGRESS,
     QUEUED,
     Batch,
@@ -63,6 +65,7 @@ from nst_server.storage.records import (
     Json,
     UploadRecord,
 )
+from nst_server.storage.reserve import Reserve
 from nst_server.storage.tables import events, images, job_images, jobs, uploads
 
 MEMORY = ":memory:"
@@ -71,6 +74,12 @@ BUSY_TIMEOUT_MS = 10_000
 """How long SQLite waits for another process that writes."""
 
 CONNECT_TIMEOUT_S = 10
+
+LOG_PAGES = 256
+"""Pages of 4 KiB after which SQLite carries over what is in its log; see `Reserve`."""
+
+THINNED = 500
+"""Events of progress that are dropped at once on a full disk: they take 0.3 MB of SQLite's log."""
 
 MIGRATING = 0x6E7374
 """PostgreSQL's advisory lock that whoever migrates holds."""
@@ -85,6 +94,9 @@ SCHEMES = {
 
 T = TypeVar("T")
 
+Remove = Callable[[Sequence[str]], Awaitable[None]]
+"""What deletes the blobs of some SHA-256s."""
+
 
 class JobStore:
     """Jobs, their events, images and uploads in one database, for one event loop.
@@ -97,6 +109,8 @@ class JobStore:
         """Use `open`."""
         self._engine = engine
         self._place = place
+        file = engine.url.database if _is_sqlite(engine.url) else None
+        self._reserve = Reserve(Path(f"{file}-reserve")) if file else None
         self._tasks: set[asyncio.Task[Any]] = set()
         # SQLite has one writer at a time: those of one process wait here, in turn, and not in its busy loop. In memory
         # there is one connection only.
@@ -120,6 +134,7 @@ class JobStore:
         store = cls(_engine(url), place)
         try:
             await store._write(_migrate)
+            await store.hold_reserve()
         except StorageDamaged as error:
             await store.close()
             advice = "restore it from a backup, or move it away with its -wal and -shm files: its jobs are lost then"
@@ -170,14 +185,33 @@ class JobStore:
         query = select(jobs).where(jobs.c.caller == caller, jobs.c.request_id == request_id, jobs.c.request_id != "")
         return next(iter(await self._read(lambda connection: _jobs(connection, query))), None)
 
-    async def delete(self, id: str) -> None:
-        """Delete a job with its events; its images stay until they are collected. Raises NotFound."""
+    async def now(self) -> datetime:
+        """Return the time by the clock that everybody who uses the database goes by."""
+        if self._engine.dialect.name == "sqlite":  # one machine
+            return datetime.now(UTC)
+        clock = select(func.clock_timestamp())
+        return await self._read(lambda connection: connection.execute(clock).scalar_one().astimezone(UTC))
 
-        def work(connection: Connection) -> None:
+    async def hold_reserve(self) -> None:
+        """Keep some room on the disk for deletions, once there is any."""
+        if self._reserve is not None:
+            await asyncio.to_thread(self._reserve.hold)
+
+    async def delete(self, id: str, remove: Remove) -> int:
+        """Delete a job with its events and the images that nothing else holds; return how many bytes those were.
+
+        Whoever adds such an image anew waits until `remove` is done with its blob. Raises NotFound.
+        """
+
+        def work(connection: Connection) -> int:
+            connection.execute(select(jobs.c.id).where(jobs.c.id == id).with_for_update())
+            held = connection.scalars(select(job_images.c.sha256).where(job_images.c.job == id)).all()
             if not connection.execute(delete(jobs).where(jobs.c.id == id)).rowcount:
                 raise _no_job(id)
+            _lock_images(connection, held)
+            return _forget(connection, images.c.sha256.in_(held), remove)
 
-        await self._write(work)
+        return await self._free(work, partial(_thin, id=id))
 
     async def claim(self, owner: str, until: datetime, now: datetime | None = None) -> list[JobRecord]:
         """Take the jobs that have not ended and that nobody holds any more, and return them, the oldest first.
@@ -207,16 +241,12 @@ class JobStore:
         return await self._write(work)
 
     async def renew(self, owner: str, until: datetime) -> dict[str, Json | None]:
-        """Prolong every lease of an owner; return the ids of its jobs, each with the command left for it, if any.
-
-        A command is returned once.
-        """
+        """Prolong every lease of an owner; return the ids of its jobs, each with the command left for it, if any."""
 
         def work(connection: Connection) -> dict[str, Json | None]:
             mine = jobs.c.owner == owner
-            held = dict(connection.execute(select(jobs.c.id, jobs.c.command).where(mine).with_for_update()).all())
-            connection.execute(update(jobs).where(mine).values(lease_until=until, command=None))
-            return held
+            connection.execute(update(jobs).where(mine).values(lease_until=until))
+            return dict(connection.execute(select(jobs.c.id, jobs.c.command).where(mine)).all())
 
         return await self._write(work)
 
@@ -225,6 +255,11 @@ class JobStore:
         free = and_(jobs.c.id == id, jobs.c.command.is_(None), jobs.c.state.not_in(ENDED))
         statement = update(jobs).where(free).values(command=command)
         return await self._write(lambda connection: bool(connection.execute(statement).rowcount))
+
+    async def obeyed(self, id: str, owner: str) -> None:
+        """Remove the command of a job that its owner has obeyed, so that the next can be left."""
+        mine = update(jobs).where(jobs.c.id == id, jobs.c.owner.in_(("", owner)))
+        await self._write(lambda connection: connection.execute(mine.values(command=None)))
 
     async def release(self, owner: str) -> list[str]:
         """Give up every job of an owner, as it is; return their ids."""
@@ -273,15 +308,7 @@ class JobStore:
 
     async def compact(self, id: str, through: int) -> None:
         """Drop a job's events of progress up to a number."""
-
-        def work(connection: Connection) -> None:
-            old = and_(events.c.job == id, events.c.sequence <= through, events.c.kind == PROGRESS)
-            connection.execute(
-                update(jobs).where(jobs.c.id == id, jobs.c.compacted < through).values(compacted=through)
-            )
-            connection.execute(delete(events).where(old))
-
-        await self._write(work)
+        await self._free(partial(_compact, id=id, through=through), partial(_thin, id=id, through=through))
 
     async def ended_before(self, time: datetime) -> list[tuple[str, int]]:
         """Return the jobs that ended before a time and are not compacted whole, each with its last event's number."""
@@ -289,43 +316,32 @@ class JobStore:
         query = select(jobs.c.id, jobs.c.sequence).where(old).order_by(jobs.c.end_time, jobs.c.id)
         return await self._read(lambda connection: [(id, number) for id, number in connection.execute(query)])
 
-    async def expired(self, older_than: datetime | None, keep_bytes: int | None = None) -> list[str]:
-        """Return the jobs to delete, oldest end first: ended before a time, or beyond what may be kept.
-
-        Running jobs and then the newest are kept, as long as their images are of at most `keep_bytes`; an image of
-        several jobs counts once. None stands for no limit.
-        """
-        newest_first = (jobs.c.end_time.desc().nulls_first(), jobs.c.id)
-        rank = func.row_number().over(partition_by=images.c.sha256, order_by=newest_first)
-        held = select(jobs.c.id, images.c.bytes, rank.label("rank")).join_from(jobs, job_images).join(images).subquery()
-        size = func.sum(held.c.bytes).label("size")
-        sizes = select(held.c.id, size).where(held.c.rank == 1).group_by(held.c.id).subquery()
-        total = func.sum(func.coalesce(sizes.c.size, 0)).over(order_by=newest_first).label("total")
-        ranked = (
-            select(jobs.c.id, jobs.c.end_time, jobs.c.state, total)
-            .outerjoin_from(jobs, sizes, jobs.c.id == sizes.c.id)
-            .subquery()
-        )
-        reasons = [] if keep_bytes is None else [ranked.c.total > keep_bytes]
-        if older_than is not None:
-            reasons.append(ranked.c.end_time < older_than)
-        query = select(ranked.c.id).where(ranked.c.state.in_(ENDED), or_(false(), *reasons))
-        query = query.order_by(ranked.c.end_time, ranked.c.id)
+    async def at_rest(self, before: datetime, owner: str) -> list[str]:
+        """Return the jobs that ended, or are an owner's and were paused, before a time; the longest at rest first."""
+        since = func.coalesce(jobs.c.end_time, events.c.time)
+        last = and_(events.c.job == jobs.c.id, events.c.sequence == jobs.c.sequence)
+        rests = or_(jobs.c.state.in_(ENDED), and_(jobs.c.state == PAUSED, jobs.c.owner == owner))
+        query = select(jobs.c.id).outerjoin_from(jobs, events, last).where(rests, since < before)
+        query = query.order_by(since, jobs.c.id)
         return await self._read(lambda connection: list(connection.scalars(query)))
 
-    async def add_image(self, image: ImageRecord) -> ImageRecord:
-        """Note an image, and return it as first noted but last used now.
+    async def add_image(self, image: ImageRecord, job: str = "") -> ImageRecord:
+        """Note an image, and return it as first noted but last used now; let a job hold it, if one is named.
 
-        To be done before its blob is put: then it cannot be collected in between.
+        To be done before its blob is put: then it cannot be collected in between. Raises NotFound if the job is gone.
         """
 
         def work(connection: Connection) -> ImageRecord:
             dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
             new = dialect.insert(images).values(asdict(image))
             used = {"last_used": new.excluded.last_used}
+            if job and connection.scalar(select(jobs.c.id).where(jobs.c.id == job).with_for_update()) is None:
+                raise _no_job(job)
             row = connection.execute(
                 new.on_conflict_do_update(index_elements=["sha256"], set_=used).returning(*images.c)
             ).one()
+            if job:
+                _hold(connection, [(job, image.sha256)])
             return ImageRecord(**row._mapping)
 
         return await self._write(work)
@@ -347,23 +363,20 @@ class JobStore:
         return await self._read(lambda connection: set(connection.scalars(query)))
 
     async def unreferenced(self, older_than: datetime) -> list[str]:
-        """Return the images that no job holds and that were last used before a time, oldest first."""
-        query = select(images.c.sha256).where(_loose(older_than)).order_by(images.c.last_used)
+        """Return the images that neither a job nor an upload holds and that were last used before a time.
+
+        The oldest first.
+        """
+        query = select(images.c.sha256).where(images.c.last_used < older_than, _unheld()).order_by(images.c.last_used)
         return await self._read(lambda connection: list(connection.scalars(query)))
 
-    async def collect(self, sha256: str, older_than: datetime, remove: Callable[[str], Awaitable[None]]) -> bool:
-        """Forget an image if it is still unreferenced, and remove its blob by `remove`; return whether that was done.
+    async def collect(self, sha256: str, older_than: datetime, remove: Remove) -> int:
+        """Forget an image if it is still unreferenced, and remove its blob by `remove`; return its bytes, else 0.
 
         Whoever adds the image anew waits until its blob is gone.
         """
-
-        def work(connection: Connection) -> bool:
-            if not connection.execute(delete(images).where(images.c.sha256 == sha256, _loose(older_than))).rowcount:
-                return False
-            await_only(remove(sha256))
-            return True
-
-        return await self._write(work)
+        loose = and_(images.c.sha256 == sha256, images.c.last_used < older_than)
+        return await self._free(lambda connection: _forget(connection, loose, remove))
 
     async def add_upload(self, upload: UploadRecord) -> None:
         """Note that an image is about to come."""
@@ -406,35 +419,69 @@ class JobStore:
 
     async def delete_upload(self, id: str) -> None:
         """Forget an upload, if it is there."""
-        await self._write(lambda connection: connection.execute(delete(uploads).where(uploads.c.id == id)))
+        await self._free(lambda connection: connection.execute(delete(uploads).where(uploads.c.id == id)))
 
-    async def stale_uploads(self, older_than: datetime) -> list[str]:
+    async def uploads_before(self, time: datetime) -> list[str]:
         """Return the uploads that were begun before a time, oldest first."""
-        query = select(uploads.c.id).where(uploads.c.create_time < older_than).order_by(uploads.c.create_time)
+        query = select(uploads.c.id).where(uploads.c.create_time < time).order_by(uploads.c.create_time)
         return await self._read(lambda connection: list(connection.scalars(query)))
 
     async def _changed(self, statement: Update) -> list[str]:
         return await self._write(lambda connection: list(connection.scalars(statement.returning(jobs.c.id))))
 
     async def _write(self, work: Callable[[Connection], T]) -> T:
-        return await self._run(work, self._writing, writes=True)
+        return await self._run(partial(self._transact, work, writes=True), self._writing)
 
     async def _read(self, work: Callable[[Connection], T]) -> T:
-        return await self._run(work, self._reading, writes=False)
+        return await self._run(partial(self._transact, work, writes=False), self._reading)
+
+    async def _free(self, work: Callable[[Connection], T], thin: Callable[[Connection], bool] | None = None) -> T:
+        """Write what makes room; on a full disk in the reserve, at which nobody else gets, as it is our turn.
+
+        What takes more than that is done by `thin` before, in steps, as long as it says that there are more.
+        """
+
+        async def free() -> T:
+            try:
+                done = await self._transact(work, writes=True)
+            except StorageFull:
+                if self._reserve is None or not self._reserve.spend():
+                    raise
+                await self._shorten_log()
+                more = thin is not None
+                while thin and more:
+                    more = await self._transact(thin, writes=True)
+                    await self._shorten_log()
+                done = await self._transact(work, writes=True)
+                await self._shorten_log()
+            await self.hold_reserve()
+            return done
+
+        return await self._run(free, self._writing)
+
+    async def _shorten_log(self) -> None:
+        """Have SQLite carry over what is in its log, and give back the room of that, if it can."""
+        async with self._engine.connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            with contextlib.suppress(sqlite3.Error):
+                await driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    async def _transact(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+        with refused(self._place):
+            async with self._engine.connect() as connection:
+                await connection.execution_options(writes=writes)
+                async with connection.begin():
+                    return await connection.run_sync(work)
 
     async def _run(
-        self, work: Callable[[Connection], T], turn: contextlib.AbstractAsyncContextManager[None], *, writes: bool
+        self, transact: Callable[[], Coroutine[Any, Any, T]], turn: contextlib.AbstractAsyncContextManager[None]
     ) -> T:
-        async def transact() -> T:
+        async def in_turn() -> T:
             async with turn:
-                with refused(self._place):
-                    async with self._engine.connect() as connection:
-                        await connection.execution_options(writes=writes)
-                        async with connection.begin():
-                            return await connection.run_sync(work)
+                return await transact()
 
         # To break off a transaction is to break its connection, which in memory would take the database with it.
-        task = asyncio.create_task(transact())
+        task = asyncio.create_task(in_turn())
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return await asyncio.shield(task)
@@ -534,8 +581,47 @@ def _use(connection: Connection, sha256s: Collection[str]) -> set[str]:
     """Keep images from being collected for a while; return those that are there."""
     if not sha256s:
         return set()
+    _lock_images(connection, sha256s)
     used = update(images).where(images.c.sha256.in_(sha256s)).values(last_used=datetime.now(UTC))
     return set(connection.scalars(used.returning(images.c.sha256)))
+
+
+def _compact(connection: Connection, id: str, through: int) -> None:
+    """Drop a job's events of progress up to a number."""
+    connection.execute(update(jobs).where(jobs.c.id == id, jobs.c.compacted < through).values(compacted=through))
+    old = and_(events.c.job == id, events.c.sequence <= through, events.c.kind == PROGRESS)
+    connection.execute(delete(events).where(old))
+
+
+def _thin(connection: Connection, id: str, through: int | None = None) -> bool:
+    """Drop some of a job's oldest events of progress, up to a number; return whether there were so many."""
+    old = select(events.c.sequence).where(events.c.job == id, events.c.kind == PROGRESS)
+    if through is not None:
+        old = old.where(events.c.sequence <= through)
+    found = connection.scalars(old.order_by(events.c.sequence).limit(THINNED)).all()
+    if found:
+        _compact(connection, id, found[-1])
+    return len(found) == THINNED
+
+
+def _lock_images(connection: Connection, sha256s: Collection[str]) -> None:
+    """Let nobody else use, hold or forget images before this transaction ends; all who lock several do so in order."""
+    locked = select(images.c.sha256).where(images.c.sha256.in_(sha256s)).order_by(images.c.sha256)
+    connection.execute(locked.with_for_update())
+
+
+def _forget(connection: Connection, which: ColumnElement[bool], remove: Remove) -> int:
+    """Forget those of some images that nothing holds, and remove their blobs; return how many bytes they had."""
+    forgotten = delete(images).where(which, _unheld()).returning(images.c.sha256, images.c.bytes)
+    sizes = {row.sha256: row.bytes for row in connection.execute(forgotten)}
+    if sizes:
+        await_only(remove(list(sizes)))
+    return sum(sizes.values())
+
+
+def _unheld() -> ColumnElement[bool]:
+    by_job = exists().where(job_images.c.sha256 == images.c.sha256)
+    return and_(~by_job, images.c.sha256.not_in(select(uploads.c.sha256)))
 
 
 def _hold(connection: Connection, pairs: Collection[tuple[str, str]]) -> None:
@@ -563,10 +649,6 @@ def _no_job(id: str) -> NotFound:
 
 def _no_image(sha256: str) -> NotFound:
     return NotFound("images", f"there is no image {sha256!r}")
-
-
-def _loose(older_than: datetime) -> Any:
-    return and_(images.c.last_used < older_than, ~exists().where(job_images.c.sha256 == images.c.sha256))
 
 
 def _url(where: Path | str) -> URL:
@@ -606,6 +688,7 @@ def _connected(connection: Any, _: Any) -> None:
         f"busy_timeout = {BUSY_TIMEOUT_MS}",
         "journal_mode = WAL",
         "synchronous = FULL",
+        f"wal_autocheckpoint = {LOG_PAGES}",
         "foreign_keys = ON",
     ):
         cursor.execute(f"PRAGMA {setting}")

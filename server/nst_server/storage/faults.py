@@ -83,6 +83,8 @@ def refused(storage: str) -> Iterator[None]:
     """Raise within the block what `refusal` makes of errors; `storage` is what failed, "the data folder"."""
     try:
         yield
+    except RequestError:  # somebody has said better what failed
+        raise
     except Exception as error:
         if (known := refusal(error, storage)) is None:
             raise
@@ -118,7 +120,9 @@ def _kind(error: BaseException) -> type[RequestError] | None:
     elif isinstance(error, BaseError):
         number = re.search(r"\(os error (\d+)\)", str(error))
         kind = OS.get(int(number[1])) if number else StorageUnavailable
-    elif isinstance(error, ConnectionError | TimeoutError | FileNotFoundError | socket.gaierror):
+    elif isinstance(error, ConnectionError | TimeoutError | FileNotFoundError | socket.gaierror) or (
+        type(error).__name__ == "InternalClientError"  # what asyncpg makes of a connection that breaks in the midst
+    ):
         kind = StorageUnavailable
     elif isinstance(error, OSError):
         kind = OS.get(error.errno or 0)

@@ -11,6 +11,7 @@ Json: TypeAlias = Mapping[str, Any]
 
 QUEUED = "queued"
 RUNNING = "running"
+PAUSED = "paused"
 ENDED = ("succeeded", "failed", "cancelled")
 """States that a job never leaves."""
 
@@ -23,6 +24,7 @@ class JobRecord:
     """A job.
 
     Attributes:
+        queue_position: jobs before it in its owner's queue.
         request_id: the caller's own name for the request, empty for none; unique for each caller.
         request_sha256: of the request, by which a repetition is told from a reuse of its id.
         request: what was asked for, as the server checked it.
@@ -58,6 +60,7 @@ class JobRecord:
     checkpoint: Json | None = None
     command: Json | None = None
     finishing: bool = False
+    queue_position: int = 0
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ jobs = Table(
     Column("checkpoint", Json),
     Column("command", Json),
     Column("finishing", Boolean, nullable=False),
+    Column("queue_position", Integer, nullable=False),
 )
 named = jobs.c.request_id != ""
 Index("ix_jobs_request", jobs.c.caller, jobs.c.request_id, unique=True, sqlite_where=named, postgresql_where=named)

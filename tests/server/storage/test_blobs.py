@@ -73,6 +73,46 @@ async def test_a_blob_is_read_in_parts(blobs: Blobs) -> None:
     )
 
 
+@pytest.mark.parametrize("start", [0, 1, 2**21, 2**21 + 7, 5_000_000 - 1, 5_000_000])
+async def test_the_whole_comes_in_parts(blobs: Blobs, start: int) -> None:
+    """From anywhere, each with its place."""
+    data = os.urandom(5_000_000)
+    sha256 = await blobs.put(data)
+
+    parts = [part async for part in blobs.parts(sha256, len(data), start)]
+    assert [place for place, _ in parts] == [start + sum(len(part) for _, part in parts[:n]) for n in range(len(parts))]
+    assert b"".join(part for _, part in parts) == data[start:]
+    assert max((len(part) for _, part in parts), default=0) <= 2**21
+
+
+@pytest.mark.parametrize("damage", ["altered first", "altered last", "short", "gone"])
+@pytest.mark.parametrize("start", [0, 2_500_000])
+async def test_nobody_gets_a_whole_that_is_wrong(tmp_path: Path, damage: str, start: int) -> None:
+    """What was altered before the bytes that are asked for, too: the last part never comes."""
+    blobs, data = Blobs.open(tmp_path), os.urandom(5_000_000)
+    sha256 = await blobs.put(data)
+    assert await blobs.intact(sha256, len(data))
+    file = file_of(tmp_path, sha256)
+    match damage:
+        case "altered first":
+            file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        case "altered last":
+            file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        case "short":
+            file.write_bytes(data[:-1])
+        case "gone":
+            file.unlink()
+
+    got = b""
+    with pytest.raises(NotFound if damage == "gone" else StorageDamaged, match=sha256):
+        async for _, part in blobs.parts(sha256, len(data), start):
+            got += part
+    assert len(got) < len(data) - start
+    assert not await blobs.intact(sha256, len(data))
+    await blobs.put(data)
+    assert await blobs.intact(sha256, len(data))
+
+
 async def test_what_is_not_there_is_not_found(blobs: Blobs) -> None:
     """A hash, a name, an upload; and no hash is a path."""
     for missing in (blobs.get(NOTHING), blobs.read(NOTHING, 0, 1), blobs.fetch("checkpoints/x")):
@@ -93,7 +133,7 @@ async def test_a_named_object_is_replaced(blobs: Blobs) -> None:
     blobs.write_now("checkpoints/a", b"second")
 
     assert await blobs.fetch("checkpoints/a", second) == blobs.fetch_now("checkpoints/a") == b"second"
-    with pytest.raises(StorageDamaged, match="checkpoints/a is damaged: its 6 bytes"):
+    with pytest.raises(StorageDamaged, match="checkpoints/a is damaged: its bytes"):
         await blobs.fetch("checkpoints/a", first)
     with pytest.raises(StorageDamaged):
         blobs.fetch_now("checkpoints/a", first)

@@ -46,6 +46,10 @@ def image(sha256: str, last_used_s: float = 0, size: int = 10) -> ImageRecord:
     return ImageRecord(sha256, size, 3, 4, "image/png", "me", NOW, NOW + last_used_s * SECOND)
 
 
+async def nothing(sha256s: Sequence[str]) -> None:
+    """Remove no blobs: there are none."""
+
+
 async def leased(store: JobStore, id: str = "a", owner: str = "w") -> Fence:
     """Take the jobs that nobody has, and begin an attempt at one; return the fence of its holder."""
     await store.claim(owner, NOW + 10 * SECOND, NOW)
@@ -178,7 +182,7 @@ async def test_what_is_not_there_is_not_found(store: JobStore) -> None:
     """A job, an image, an upload; nothing is made by looking."""
     for missing in (
         store.get("x"),
-        store.delete("x"),
+        store.delete("x", nothing),
         store.append("x", changes={"device": "cpu"}),
         store.image(IMAGES[0]),
         store.upload("x"),
@@ -191,16 +195,14 @@ async def test_what_is_not_there_is_not_found(store: JobStore) -> None:
 
 
 async def test_a_deleted_job_takes_its_events_along(store: JobStore) -> None:
-    """And leaves its images, loose."""
-    await store.add_image(image(IMAGES[0]))
-    await store.create(job(), events(1, 3), IMAGES[:1])
+    """And is gone after that."""
+    await store.create(job(), events(1, 3))
 
-    await store.delete("a")
+    await store.delete("a", nothing)
 
     assert await store.events("a") == []
-    assert await store.unreferenced(datetime.now(UTC) + SECOND) == IMAGES[:1]
     with pytest.raises(NotFound):
-        await store.delete("a")
+        await store.delete("a", nothing)
 
 
 async def test_a_job_is_claimed_once(store: JobStore) -> None:
@@ -242,8 +244,8 @@ async def test_a_lost_lease_is_claimed(store: JobStore) -> None:
     assert [record.id for record in await store.claim("w5", NOW + 99 * SECOND)] == ["a", "b", "c"]
 
 
-async def test_a_command_reaches_the_owner_once(store: JobStore) -> None:
-    """With the next renewal of its leases; a second one has to wait, and an ended job takes none."""
+async def test_a_command_stays_until_it_is_obeyed(store: JobStore) -> None:
+    """The owner hears of it with each renewal of its leases; a second one has to wait, and an ended job takes none."""
     for id in "ab":
         await store.create(job(id))
         await leased(store, id)
@@ -251,9 +253,15 @@ async def test_a_command_reaches_the_owner_once(store: JobStore) -> None:
     assert await store.command("a", {"cancel": True})
     assert not await store.command("a", {"finish": True})
     assert await store.renew("other", NOW) == {}
-    assert await store.renew("w", NOW + SECOND) == {"a": {"cancel": True}, "b": None}
+    for _ in range(2):
+        assert await store.renew("w", NOW + SECOND) == {"a": {"cancel": True}, "b": None}
+    await store.obeyed("a", "other")
+    assert not await store.command("a", {"finish": True})
+    await store.obeyed("a", "w")
     assert await store.renew("w", NOW + SECOND) == {"a": None, "b": None}
     assert await store.command("a", {"finish": True})
+    (left,) = [record for record in await store.claim("next", NOW + SECOND) if record.id == "a"]
+    assert left.command == {"finish": True}
     await store.append("b", changes={"state": "failed"})
     assert not await store.command("b", {"cancel": True})
 
@@ -409,23 +417,74 @@ async def test_a_write_is_finished_when_its_caller_leaves(store: JobStore) -> No
     assert len(await store.events("a")) == 20
 
 
-async def test_jobs_expire_by_age_and_by_size(store: JobStore) -> None:
-    """Oldest first. An image of several jobs counts for the newest, one of a running job before all."""
-    for number, size in enumerate((100, 10, 1, 1000)):
-        await store.add_image(image(IMAGES[number], size=size))
-    await ended(store, "old", 1, IMAGES[:2])
-    await ended(store, "middle", 2, [IMAGES[1]])
-    await ended(store, "new", 3, [IMAGES[2], IMAGES[3]])
-    await ended(store, "empty", 0)
-    await store.create(job("running"), images=[IMAGES[3]])
+async def test_jobs_at_rest_are_found_by_how_long_they_have_been(store: JobStore) -> None:
+    """Those that ended, and an owner's that were paused, the longest first; not what runs or waits."""
+    await ended(store, "old", 1)
+    await ended(store, "new", 3)
+    for id, owner, state in (("mine", "w", "paused"), ("theirs", "v", "paused"), ("running", "w", "running")):
+        await store.create(job(id, owner=owner), events(1, 1))
+        await store.append(id, events=[EventRecord(2, 1, NOW + 2 * SECOND, "state", {})], changes={"state": state})
 
-    assert await store.expired(None) == []
-    assert await store.expired(NOW + 2 * SECOND) == ["empty", "old"]
-    assert await store.expired(None, 1111) == []
-    assert await store.expired(None, 1110) == ["empty", "old"]
-    assert await store.expired(None, 1010) == ["empty", "old", "middle"]
-    assert await store.expired(None, 0) == ["empty", "old", "middle", "new"]
-    assert await store.expired(NOW + 1 * SECOND, 1011) == ["empty", "old"]
+    assert await store.at_rest(NOW + 9 * SECOND, "w") == ["old", "mine", "new"]
+    assert await store.at_rest(NOW + 3 * SECOND, "w") == ["old", "mine"]
+    assert await store.at_rest(NOW + 2 * SECOND, "w") == ["old"]
+
+
+async def test_a_deleted_job_takes_its_images_along(store: JobStore) -> None:
+    """Those that no other job holds, and no upload; their blobs are removed before anybody can add them anew."""
+    for number in range(4):
+        await store.add_image(image(IMAGES[number], 99, size=10**number))
+    await ended(store, "a", 1, IMAGES)
+    await ended(store, "b", 2, IMAGES[:1])
+    await store.add_upload(UploadRecord("u", "me", 10, IMAGES[1], NOW))
+    removed: list[str] = []
+
+    async def remove(sha256s: Sequence[str]) -> None:
+        removed.extend(sha256s)
+
+    assert await store.delete("a", remove) == 1100
+    assert (sorted(removed), await store.known(IMAGES)) == (IMAGES[2:], set(IMAGES[:2]))
+    await store.delete("b", remove)
+    assert await store.known(IMAGES) == {IMAGES[1]}
+
+
+async def test_a_job_holds_its_result_before_it_says_so(store: JobStore) -> None:
+    """So the deletion of another with the same picture does not take it; of a job that is gone there is no result."""
+    await store.create(job("a"))
+    await store.add_image(image(IMAGES[0]), "a")
+    await ended(store, "twin", 1, IMAGES[:1])
+    await store.delete("twin", nothing)
+    await store.append("a", events=events(1, 1), changes={"state": "succeeded"}, images=IMAGES[:1])
+    with pytest.raises(NotFound):
+        await store.add_image(image(IMAGES[1]), "b")
+    assert await store.known(IMAGES) == {IMAGES[0]}
+
+
+async def test_deletions_and_uses_of_an_image_wait_for_one_another(store: JobStore, where: Path | str) -> None:
+    """50 times, on two connections: the new job has its image, or it is told that there is none; nothing else."""
+    other = store if where == MEMORY else await JobStore.open(where)
+    for number in range(50):
+        await store.add_image(image(IMAGES[0]))
+        await ended(store, f"old{number}", 1, IMAGES[:1])
+        freed, created = await asyncio.gather(
+            store.delete(f"old{number}", nothing),
+            other.create(job(f"new{number}"), images=IMAGES[:1]),
+            return_exceptions=True,
+        )
+        if isinstance(created, NotFound):
+            assert freed == 10
+        else:
+            assert (freed, await store.known(IMAGES)) == (0, {IMAGES[0]})
+            assert await store.delete(f"new{number}", nothing) == 10
+    if other is not store:
+        await other.close()
+
+
+async def test_everybody_goes_by_one_clock(store: JobStore) -> None:
+    """PostgreSQL's, where several machines may share it; it is a time in UTC."""
+    now = await store.now()
+    assert now.utcoffset() == timedelta()
+    assert abs(now - datetime.now(UTC)) < 5 * SECOND
 
 
 async def test_loose_images_are_collected(store: JobStore) -> None:
@@ -435,18 +494,18 @@ async def test_loose_images_are_collected(store: JobStore) -> None:
     await store.create(job(), images=[IMAGES[0], IMAGES[0]])
     removed: list[str] = []
 
-    async def remove(sha256: str) -> None:
+    async def remove(sha256s: Sequence[str]) -> None:
         await asyncio.sleep(0.01)
-        removed.append(sha256)
+        removed.extend(sha256s)
 
-    async def broken(sha256: str) -> None:
+    async def broken(sha256s: Sequence[str]) -> None:
         raise OSError(5, "Input/output error")
 
     limit = NOW + 5 * SECOND
     assert await store.unreferenced(limit) == [IMAGES[2], IMAGES[1]]
     assert not await store.collect(IMAGES[0], limit, remove)
     assert not await store.collect(IMAGES[3], limit, remove)
-    assert await store.collect(IMAGES[2], limit, remove)
+    assert await store.collect(IMAGES[2], limit, remove) == 10
     with pytest.raises(Exception, match="Input/output"):
         await store.collect(IMAGES[1], limit, broken)
     assert (await store.image(IMAGES[1])).bytes == 10
@@ -465,7 +524,7 @@ async def test_an_image_added_during_its_collection_waits(store: JobStore, where
     told: list[str] = []
     begun = asyncio.Event()
 
-    async def remove(sha256: str) -> None:
+    async def remove(sha256s: Sequence[str]) -> None:
         begun.set()
         await asyncio.sleep(0.1)
         told.append("removed")
@@ -475,7 +534,7 @@ async def test_an_image_added_during_its_collection_waits(store: JobStore, where
         await other.add_image(image(IMAGES[0], 20))
         told.append("added")
 
-    assert (await asyncio.gather(store.collect(IMAGES[0], NOW + SECOND, remove), add()))[0]
+    assert (await asyncio.gather(store.collect(IMAGES[0], NOW + SECOND, remove), add()))[0] == 10
 
     assert told == ["removed", "added"]
     assert (await store.image(IMAGES[0])).last_used == NOW + 20 * SECOND
@@ -502,11 +561,11 @@ async def test_an_upload_advances_in_order(store: JobStore) -> None:
     assert not await store.advance_upload("u", 60, 41)
     assert await store.advance_upload("u", 60, 40)
     assert (await store.upload("u")).received == 100
-    assert await store.stale_uploads(NOW) == []
-    assert await store.stale_uploads(NOW + SECOND) == ["u"]
+    assert await store.uploads_before(NOW) == []
+    assert await store.uploads_before(NOW + SECOND) == ["u"]
     await store.delete_upload("u")
     await store.delete_upload("u")
-    assert await store.stale_uploads(NOW + SECOND) == []
+    assert await store.uploads_before(NOW + SECOND) == []
 
 
 async def test_migrations_make_the_schema(store: JobStore) -> None:
@@ -526,7 +585,7 @@ async def test_a_newer_schema_is_refused(shared_where: Path | str) -> None:
     await store.close()
 
     for _ in range(2):
-        with pytest.raises(SchemaNewer, match="schema 9999, this one knows 0001"):
+        with pytest.raises(SchemaNewer, match="schema 9999, this one knows 0002"):
             await JobStore.open(shared_where)
 
 
