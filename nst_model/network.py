@@ -23,15 +23,12 @@ def replicated(x: Tensor) -> Tensor:
     return torch.cat((x[:, :, :, :1], x, x[:, :, :, -1:]), dim=3)
 
 
-def replicated_gradient(gradient: Tensor) -> Tensor:
-    """Return the gradient towards x of a function whose gradient towards `replicated(x)` is given."""
-    rows = gradient[:, :, 1:-1].clone()
-    rows[:, :, 0] += gradient[:, :, 0]
-    rows[:, :, -1] += gradient[:, :, -1]
-    found = rows[:, :, :, 1:-1].clone()
-    found[:, :, :, 0] += rows[:, :, :, 0]
-    found[:, :, :, -1] += rows[:, :, :, -1]
-    return found
+def folded(slope: Tensor) -> Tensor:
+    """Return the gradient towards x (N, C, H, W), given that towards `replicated(x)`: copies' go to the originals."""
+    slope = torch.cat((slope[:, :, :1] + slope[:, :, 1:2], slope[:, :, 2:-2], slope[:, :, -2:-1] + slope[:, :, -1:]), 2)
+    left = slope[:, :, :, :1] + slope[:, :, :, 1:2]
+    right = slope[:, :, :, -2:-1] + slope[:, :, :, -1:]
+    return torch.cat((left, slope[:, :, :, 2:-2], right), 3)
 
 
 class Stage(nn.Module):
@@ -170,7 +167,7 @@ class Trunk(nn.Module):
             if number >= 0 and self.names[number] in towards:
                 gradient += towards[self.names[number]]
         gradient = gradient.to(self.mean.dtype)
-        return replicated_gradient(gradient) if self.replicate else gradient.contiguous()
+        return folded(gradient) if self.replicate else gradient.contiguous()
 
 
 def build_trunk(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nst_model.losses import CONTENT_LOSSES, STYLE_LOSSES, Targets, differentiable
 from nst_model.network import Trunk, replicated
 from nst_model.options import StylizeOptions, TvNorm, relative
+from nst_model.variation import neighbours, neighbours_slope
 
 
 class Losses(NamedTuple):
@@ -37,25 +38,25 @@ class Losses(NamedTuple):
     style: Tensor
 
 
-def total_variation(image: Tensor, absolute: bool = False) -> Tensor:
-    """Return the mean squared difference of neighbouring pixels of a picture (1, 3, H, W), eight neighbours each.
+def total_variation(image: Tensor, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the mean squared difference of neighbouring pixels of a picture (1, 3, H, W), and its gradient.
 
-    Diagonal pairs count half, being twice as far apart squared (the nine-point stencil). With `absolute`, the mean of
-    the differences' magnitudes, smooth below a thousandth of the picture's range.
+    Each pixel has eight neighbours. Diagonal pairs, the last two of `neighbours`, count half, being twice as far apart
+    squared (the nine-point stencil). With `absolute`, the mean of the differences' magnitudes, smooth below a
+    thousandth of the picture's range.
     """
-    padded = replicated(image)
-    down = _magnitude(padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1], absolute)
-    across = _magnitude(padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1], absolute)
-    one = _magnitude(padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1], absolute)
-    other = _magnitude(padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:], absolute)
-    return (down + across + 0.5 * (one + other)) / 3
-
-
-def _magnitude(difference: Tensor, absolute: bool) -> Tensor:
-    squares = difference.square()
-    if absolute:
-        return ((squares + 1e-6).sqrt() - 1e-3).mean()
-    return squares.mean()
+    values: list[Tensor] = []
+    slopes: list[Tensor] = []
+    for number, difference in enumerate(neighbours(image)):
+        share = (1.0 if number < 2 else 0.5) / 3
+        if absolute:
+            magnitude = (difference.square() + 1e-6).sqrt()
+            values.append(share * (magnitude - 1e-3).mean())
+            slopes.append(difference / magnitude * (share / difference.numel()))
+        else:
+            values.append(share * difference.square().mean())
+            slopes.append(difference * (2 * share / difference.numel()))
+    return torch.stack(values).sum(), neighbours_slope(slopes)
 
 
 def outlines(image: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class LayerLoss(nn.Module):
 
         `regions` are (R, H·W).
         """
-        total, gradient = torch.zeros_like(scale), torch.zeros_like(features)
+        total, gradient = torch.zeros_like(scale), scale  # the latter for TorchScript: there is a region
         for region, loss in enumerate(self.losses):
             share = self.shares[region]
             value, towards = loss(features, scale * share, None if regions is None else regions[region])
@@ -240,16 +241,17 @@ class Objective(nn.Module):
 
     def _smoothness(self, image: Tensor, content: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the total variation, the Laplacian loss, and the gradient of both, weighted, (1, 3, H, W)."""
-        leaf = differentiable(image)
-        variation = total_variation(leaf, self.absolute_tv)
-        weighted = self.tv_weight * variation
+        variation, slope = total_variation(image, self.absolute_tv)
+        smoothing = self.tv_weight * slope
         laplacian = torch.zeros_like(self.laplacian_weight)
         if self.outlined:
-            laplacian = F.mse_loss(outlines(leaf), content["outlines"])
-            weighted = weighted + self.laplacian_weight * laplacian
-        gradient = torch.autograd.grad([weighted], [leaf])[0]
-        assert gradient is not None
-        return variation.detach(), laplacian.detach(), gradient
+            leaf = differentiable(image)
+            difference = F.mse_loss(outlines(leaf), content["outlines"])
+            laplacian = difference.detach()
+            gradient = torch.autograd.grad([self.laplacian_weight * difference], [leaf])[0]
+            assert gradient is not None
+            smoothing = smoothing + gradient
+        return variation, laplacian, smoothing
 
 
 def interpreted() -> AbstractContextManager[None]:

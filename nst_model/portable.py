@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nst_model import network
-from nst_model.network import Trunk, replicated
-
-
-def folded(slope: Tensor) -> Tensor:
-    """Return the slope of x (N, C, H, W), given that of `replicated(x)`: the copies' is added to the originals'."""
-    slope = torch.cat((slope[:, :, :1] + slope[:, :, 1:2], slope[:, :, 2:-2], slope[:, :, -2:-1] + slope[:, :, -1:]), 2)
-    left = slope[:, :, :, :1] + slope[:, :, :, 1:2]
-    right = slope[:, :, :, -2:-1] + slope[:, :, :, -1:]
-    return torch.cat((left, slope[:, :, :, 2:-2], right), 3)
+from nst_model.network import Trunk, folded, replicated
+from nst_model.variation import neighbours, neighbours_slope
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,20 +96,6 @@ def spread(a: Tensor, b: Tensor, c: Tensor, d: Tensor, height: int, width: int) 
     return F.pad(x, [0, 1, 0, 1]).narrow(2, 0, height).narrow(3, 0, width)
 
 
-def neighbours(image: Tensor) -> list[Tensor]:
-    """Return the differences of pixels of pictures (N, 3, H, W): vertical, horizontal, and along both diagonals.
-
-    As in `nst_model.objective.total_variation`, beyond the edge the nearest pixel counts.
-    """
-    padded = replicated(image)
-    return [
-        padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1],
-        padded[:, :, 1:-1, 1:] - padded[:, :, 1:-1, :-1],
-        padded[:, :, 1:, 1:] - padded[:, :, :-1, :-1],
-        padded[:, :, 1:, :-1] - padded[:, :, :-1, 1:],
-    ]
-
-
 def variation(differences: list[Tensor]) -> Tensor:
     """Return each picture's total variation, (N,), given its `neighbours`."""
     down, across, one, other = differences[0], differences[1], differences[2], differences[3]
@@ -127,11 +106,7 @@ def variation_slope(differences: list[Tensor]) -> Tensor:
     """Return the slope of `variation` to the pictures (N, 3, H, W), given their `neighbours`."""
     down, across = squares_slope(differences[0]) / 3, squares_slope(differences[1]) / 3
     one, other = squares_slope(differences[2]) / 6, squares_slope(differences[3]) / 6
-    slope = F.pad(down, [1, 1, 1, 0]) - F.pad(down, [1, 1, 0, 1])
-    slope = slope + F.pad(across, [1, 0, 1, 1]) - F.pad(across, [0, 1, 1, 1])
-    slope = slope + F.pad(one, [1, 0, 1, 0]) - F.pad(one, [0, 1, 0, 1])
-    slope = slope + F.pad(other, [0, 1, 1, 0]) - F.pad(other, [1, 0, 0, 1])
-    return folded(slope)
+    return neighbours_slope([down, across, one, other])
 
 
 class Step(NamedTuple):

@@ -35,7 +35,7 @@ from nst_model import (
     StyleFile,
     StylizeOptions,
 )
-from nst_model.devices import memory_bytes
+from nst_model.devices import memory_bytes, return_memory, reuse_memory
 from nst_model.errors import DamagedState
 from nst_model.options import MOMENTS, STEERABLE
 from nst_model.scales import scales
@@ -90,6 +90,7 @@ SELDOM = 100
 def main(connection: Connection, config: WorkerConfig) -> None:
     """Run a worker process until the front kills it or is gone."""
     logging.basicConfig(stream=sys.stderr, format="worker %(levelname)s: %(message)s")
+    reuse_memory()
     sender = _Sender(connection)
     try:
         worker = Worker(config, sender)
@@ -101,8 +102,8 @@ def main(connection: Connection, config: WorkerConfig) -> None:
     device = worker.model(config.model).device
     sender.send(Ready(str(device), tuple(nst_model.available_devices()), memory_bytes(device)))
     while True:
-        task, control = reader.next_task()
-        sender.send(worker.run(task, control))
+        return_memory()  # what a task leaves behind is of no use until the next one
+        sender.send(worker.run(*reader.next_task()))
 
 
 class Worker:

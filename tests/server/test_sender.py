@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 
+from nst_model import StylizeOptions
 from nst_server.messages import Done, Pictured, Steered
 from nst_server.worker import _Sender
 
@@ -72,7 +73,7 @@ def test_a_picture_that_cannot_be_made_is_left_out(pipe: tuple[_Sender, Connecti
         raise RuntimeError("out of memory")
 
     sender.send_picture(impossible)
-    sender.send(Steered("jobs/1", None))  # type: ignore[arg-type]
+    sender.send(Steered("jobs/1", StylizeOptions(), 20))
     assert isinstance(front.recv(), Steered)
-    sender.send(Steered("jobs/1", None))  # type: ignore[arg-type]
+    sender.send(Steered("jobs/1", StylizeOptions(), 20))
     assert isinstance(front.recv(), Steered)
