@@ -30,10 +30,10 @@ from benchmarks.core import loss_in_fp32, textbook_loop
 from benchmarks.run import machine
 from nst_model import FeatureModel, Precision, Style, StylizeOptions, load_weights
 from nst_model.devices import memory_bytes, reuse_memory
-from nst_model.losses import as_rows
 from nst_model.network import Trunk
 from nst_model.options import Optimizer, relative
-from nst_model.stylization import scales
+from nst_model.scales import scales
+from nst_model.variation import neighbours
 from samples.demo import skimage_photo
 
 T = TypeVar("T")
@@ -270,12 +270,17 @@ def plain_fine(model: FeatureModel, content: Tensor, style: Tensor) -> Iterator[
             found[name] = x
         return found
 
+    def moments(found: Tensor) -> tuple[Tensor, Tensor]:
+        columns = found[0].flatten(1)
+        centre = columns.mean(dim=1)
+        return centre, columns @ columns.T / columns.shape[1] - torch.outer(centre, centre)
+
     with torch.no_grad():
         there = features(image)["relu4_2"]
     targets = {}
-    for layer, moments in kept.items():
-        covariance = moments["gram"] - torch.outer(moments["mean"], moments["mean"])
-        targets[layer] = moments["mean"], covariance.trace(), plain_root(covariance)
+    for layer, known in kept.items():
+        covariance = known["gram"] - torch.outer(known["mean"], known["mean"])
+        targets[layer] = known["mean"], covariance.trace(), plain_root(covariance)
     image = image.clone().requires_grad_(True)
     adam = torch.optim.Adam([image], lr=0.02, betas=(0.9, 0.99))
 
@@ -284,18 +289,13 @@ def plain_fine(model: FeatureModel, content: Tensor, style: Tensor) -> Iterator[
         here = features(image)
         loss = options.content_weight * F.mse_loss(here["relu4_2"], there)
         for layer, share in shares.items():
-            rows = as_rows(here[layer])
-            mean, variance, root = targets[layer]
-            about = rows - rows.mean(dim=0)
-            covariance = about.T @ about / len(rows)
+            centre, covariance = moments(here[layer])
+            centre_there, variance, root = targets[layer]
             overlap = plain_root(root @ covariance @ root).trace()
-            distance = (covariance.trace() + variance - 2 * overlap) / rows.shape[1]
-            loss = loss + share * (F.mse_loss(rows.mean(dim=0), mean) + distance)
-        difference = F.pad(image, [1] * 4, mode="replicate")
-        loss = loss + options.tv_weight * (
-            (difference[:, :, 1:] - difference[:, :, :-1]).square().mean()
-            + (difference[:, :, :, 1:] - difference[:, :, :, :-1]).square().mean()
-        )
+            distance = (covariance.trace() + variance - 2 * overlap) / len(centre)
+            loss = loss + share * (F.mse_loss(centre, centre_there) + distance)
+        down, across, one, other = (difference.square().mean() for difference in neighbours(image))
+        loss = loss + options.tv_weight * (down + across + 0.5 * (one + other)) / 3
         loss.backward()
         adam.step()
         with torch.no_grad():

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -134,6 +135,25 @@ async def test_a_killed_workers_job_goes_on_at_once(serve: Callable[..., Any], a
     running, queued = job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_QUEUED
     assert told.states == [running, queued, running, job_pb2.JOB_STATE_SUCCEEDED]
     assert (told.pixels == undisturbed.pixels).all()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how other C libraries keep memory is their affair")
+async def test_a_worker_at_rest_gives_memory_back(serve: Callable[..., Any], ask: Ask) -> None:
+    """What it freed while it computed served the next block; nobody needs it when the job has ended."""
+    server, client = await serve()
+    (executor,) = server.executors
+    await client.told(ask())
+    before = resident_mib(executor.pid)
+    told = await client.told(ask(size_px=768, iterations=1))
+    assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
+    assert resident_mib(executor.pid, "VmHWM") > before + 100
+    await until(lambda: resident_mib(executor.pid) < before + 30)
+
+
+def resident_mib(pid: int, which: str = "VmRSS") -> float:
+    """Return the memory that a process occupies, MiB, or as `VmHWM` the most that it ever did."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition(f"{which}:")[2].split()[0]) / 1024
 
 
 async def test_a_job_that_kills_its_workers_fails_alone(
