@@ -53,8 +53,9 @@ format: $(VENV)/dev.stamp samples/portable/web/node_modules/.stamp
 	cd samples/portable/web && npm run --silent format
 
 # docs/performance.md: out/bench/speed.json, its tables and plots; then all that is not about speed alone.
+# SPEED="--sizes 128 --parts iteration" measures less.
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.speed --out out/bench
+	$(BIN)/python -m benchmarks.speed --out out/bench $(SPEED)
 	$(BIN)/python -m benchmarks.report out/bench/speed.json
 	$(BIN)/python benchmarks/run.py
 

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,11 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - began, result
+
+
+def as_installed() -> AbstractContextManager[None]:
+    """Return a context with fp32 as PyTorch comes, which `FeatureModel` changes: a GPU convolves in TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True)
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
@@ -161,7 +167,8 @@ def iteration(model: FeatureModel, preset: str, size_px: int, rounds: int, budge
     ours = nst_model.stylize(model, content, [Style(style)], options)
     ceilings, seconds = [Ceilings.of(model.device)], {"textbook": [], "ours": []}
     for _ in range(rounds + 2):
-        seconds["textbook"].append(timed(next(textbook), model.device)[0])
+        with as_installed():
+            seconds["textbook"].append(timed(next(textbook), model.device)[0])
         seconds["ours"].append(timed(lambda: next(ours), model.device)[0])
         budget.check(10 * (seconds["textbook"][-1] + seconds["ours"][-1]))
     ceilings.append(Ceilings.of(model.device))
@@ -210,7 +217,8 @@ def race(model: FeatureModel, place: int, size_px: int, iterations: int, budget:
             began = time.monotonic()
             for _ in range(10):
                 if name == "textbook":
-                    seconds, loss = timed(next(textbook), model.device)
+                    with as_installed():
+                        seconds, loss = timed(next(textbook), model.device)
                 elif (found := timed(lambda: next(ours, None), model.device))[1] is not None:
                     seconds, iterate = found
                     loss = iterate.loss
@@ -324,7 +332,9 @@ def fine(model: FeatureModel, size_px: int, adam_iterations: int, rounds: int, b
             for file in (skimage_photo(PAIRS[0][0]), STYLES / PAIRS[0][1])
         ]
         steps = plain_fine(model, *small)
-        eager_s += adam_iterations * statistics.median([timed(next(steps), model.device)[0] for _ in range(rounds)][1:])
+        with as_installed():
+            eager = [timed(next(steps), model.device)[0] for _ in range(rounds)]
+        eager_s += adam_iterations * statistics.median(eager[1:])
         budget.check()
     end = None
     for iterate in nst_model.stylize(model, content, [Style(style)], slow):
@@ -362,8 +372,8 @@ def parts(given: argparse.Namespace, model: FeatureModel, budget: Budget) -> Ite
         yield "iteration", lambda p=preset, s=size: iteration(model, p, s, given.rounds, budget)
     for place in given.pairs:
         yield "race", lambda place=place: race(model, place, given.race_size, given.race_iterations, budget)
-    yield "fine", lambda: fine(model, given.fine_size, 200, given.rounds, budget)
-    yield "service", lambda: asyncio.run(service.overhead(given.device, 512, given.rounds, 3))
+    yield "fine", lambda: fine(model, given.fine_size, given.fine_iterations, given.rounds, budget)
+    yield "service", lambda: asyncio.run(service.overhead(given.device, given.service_size, given.rounds, 3))
 
 
 def main() -> None:
@@ -377,6 +387,8 @@ def main() -> None:
     parser.add_argument("--race-size", type=int, default=256)
     parser.add_argument("--race-iterations", type=int, default=300)
     parser.add_argument("--fine-size", type=int, default=256)
+    parser.add_argument("--fine-iterations", type=int, default=200, help="Of Adam, at each scale.")
+    parser.add_argument("--service-size", type=int, default=512)
     parser.add_argument("--budget", type=float, help="Seconds after which nothing more is begun.")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     given = parser.parse_args()
