@@ -5,6 +5,7 @@ The two that count grow with the picture: the activations that the backward pass
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from nst_model.architecture import Architecture
@@ -13,8 +14,9 @@ from nst_model.options import Curvature, Optimizer, Precision, StyleLoss, Styliz
 FIXED_BYTES = 250 * 2**20
 """Buffers of the convolutions, of the allocator, and of all that does not grow with the picture."""
 
-ACTIVATION_COPIES = 2.0
-"""What is kept of each layer for the backward pass, copies in the convolutions' own format included."""
+ACTIVATION_COPIES = 2.5
+"""What is kept of each layer: its features and its gradient, and half as much that was freed but is too small for what
+comes next (see `nst_model.devices.reuse_memory`)."""
 
 WORKING_COPIES = 6
 """Arrays of the size of the largest layer that are in use at once."""
@@ -25,8 +27,8 @@ PICTURES = 24
 SPECTRAL_PICTURES = 10
 """Those that Curvature.SPECTRAL adds: spectra, and the share of each frequency in each band."""
 
-SLICED_COPIES = 10
-"""Arrays of the size of the largest style layer that the sliced loss sorts."""
+LOSS_COPIES: Mapping[StyleLoss, int] = {StyleLoss.SLICED: 10, StyleLoss.DIRECT: 5, StyleLoss.CROSS: 5}
+"""Arrays of the size of the largest layer that a style loss adds: what it sorts, or maps of the style and gradients."""
 
 LEAST_PAIRS = 10
 """For want of memory L-BFGS remembers no fewer, unless fewer were asked for."""
@@ -74,7 +76,7 @@ def peak_bytes(
 ) -> int:
     """Return about how much memory a stylization takes at most, beside the feature model, in bytes.
 
-    Rather too much than too little: measured peaks are between half of it and all of it (`benchmarks/memory.py`).
+    Rather too much than too little: measured peaks are between two fifths of it and all (`benchmarks/memory.py`).
 
     Args:
         options: of the stylization.
@@ -95,8 +97,7 @@ def peak_bytes(
     ]
     value_bytes = 2 if options.precision is Precision.BF16 else 4
     numbers = ACTIVATION_COPIES * sum(channels) + WORKING_COPIES * max(channels)
-    if options.style_loss is StyleLoss.SLICED:
-        numbers += SLICED_COPIES * max(channels)
+    numbers += LOSS_COPIES.get(options.style_loss, 0) * max(channels)
     picture_bytes = 4 * PICTURES
     if options.optimizer is Optimizer.LBFGS:
         picture_bytes += (memory or full_memory(options)).picture_bytes

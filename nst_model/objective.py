@@ -113,8 +113,8 @@ class Objective(nn.Module):
     """What is minimized: a function of the picture, of the content's features and of where the regions are.
 
     The style's targets are buffers: they are saved with the module, and those made of moments serve any picture size.
-    So are the weights, as scalars: one captured graph then serves every job of its shape. What has the size of the
-    picture is an argument: the content's targets, and the regions.
+    So are the weights, as scalars: nothing that may differ between jobs of one shape is a number in the code. What has
+    the size of the picture is an argument: the content's targets, and the regions.
 
     Args:
         trunk: the feature model; must tap every layer that the options name.

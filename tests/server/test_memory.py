@@ -56,13 +56,14 @@ async def test_workers_say_what_memory_there_is(shared: Any) -> None:
 
 
 def test_what_grows_is_reckoned_with() -> None:
-    """Size, layers, history, the sliced loss, precision and the margin; nothing else."""
+    """Size, layers, history, losses of positions, precision and the margin; nothing else."""
     plain = StylizeOptions(precision="fp32")
     reference = peak_bytes(plain, 384, 512, VGG16)
     assert peak_bytes(plain, 768, 1024, VGG16) - FIXED_BYTES == pytest.approx(4 * (reference - FIXED_BYTES), rel=0.1)
     for changes, more in (
         ({"history": 100}, True),
         ({"style_loss": "sliced"}, True),
+        ({"style_loss": "direct"}, True),
         ({"precision": "bf16"}, False),
         ({"padding": "zeros"}, False),
         ({"optimizer": "adam"}, False),
