@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class Adam:
         self._given_rate = torch.full((), learning_rate, dtype=exact, device=start.device)
         self._rate = self._given_rate.clone()
         self._steps = torch.zeros((), dtype=exact, device=start.device)
+
+    @property
+    def form(self) -> Hashable:
+        """What another minimization must have in common for `restore` to take its state, and to go on alike."""
+        return ("adam", self.x.shape, self.x.dtype)
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps half as long."""

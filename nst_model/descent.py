@@ -13,7 +13,7 @@ import collections
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -115,6 +115,63 @@ class Closure:
                 losses, gradient = self._objective.loss_and_gradient(image, self._targets, self._regions)
         return losses, gradient
 
+    @property
+    def form(self) -> Hashable:
+        """What another objective must have in common for `take`; None if that is not known before the first call."""
+        if self._targets is None:
+            return None
+        objective = self._objective
+        parts = tuple((name, part.original_name) for name, part in objective.named_modules())
+        choices = (objective.absolute_tv, objective.outlined, *objective.content_layers)
+        trunk = tuple(tensor.data_ptr() for tensor in objective.trunk.buffers())
+        return parts, choices, trunk, tuple((name, t.shape, t.dtype) for name, t in self._tensors().items())
+
+    def take(self, other: Closure) -> None:
+        """Be the objective that another one of the same form is, in the memory that this one has."""
+        given = other._tensors()
+        for name, tensor in self._tensors().items():
+            tensor.copy_(given[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return by name all that may differ between objectives of one form."""
+        named = {name: tensor for name, tensor in self._objective.named_buffers() if not name.startswith("trunk.")}
+        for kind, tensors in (("content", self._targets), ("regions", self._regions)):
+            named |= {f"{kind} {layer}": tensor for layer, tensor in (tensors or {}).items()}
+        return named
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An objective, an optimizer on it, and the recording of one iteration of theirs."""
+
+    closure: Closure
+    optimizer: LBFGS | Adam
+    recorded: Recorded
+
+    @classmethod
+    def of(cls, closure: Closure, optimizer: LBFGS | Adam) -> Loop:
+        """Return the loop of an objective and an optimizer; nothing is recorded yet."""
+        work = functools.partial(launch, closure, optimizer)
+        return cls(closure, optimizer, Recorded(work, optimizer.x.device))
+
+    @property
+    def form(self) -> Hashable:
+        """What another loop must have in common for `take`; None if that is not known before the first iteration."""
+        of_closure = self.closure.form
+        # By which kernels was chosen when they were recorded.
+        return of_closure and (of_closure, self.optimizer.form, torch.are_deterministic_algorithms_enabled())
+
+    def take(self, other: Loop) -> None:
+        """Go on where a loop of the same form is: its numbers come to where the recording reads and writes."""
+        if self.closure is not other.closure:
+            self.closure.take(other.closure)
+        if self.optimizer is not other.optimizer:
+            self.optimizer.restore(other.optimizer.state())
+
+
+Loops = dict[torch.Size, tuple[Hashable, Loop]]
+"""Size of the picture that is optimized, (1, 3, H, W) → form and loop of what has been recorded there."""
+
 
 def minimize(
     objective: Any,
@@ -142,6 +199,7 @@ class Descent:
         pixels: how much work an iteration at each scale is, in proportion.
         stop: looked at between evaluations, from any thread.
         memory: of L-BFGS; what the options ask for if None.
+        loops: what earlier runs have recorded. This one takes what fits, and leaves what it has; nothing if None.
 
     Attributes:
         closure: the objective of that scale; whoever iterates sets it.
@@ -156,9 +214,11 @@ class Descent:
         pixels: Sequence[float],
         stop: threading.Event | None,
         memory: Memory | None = None,
+        loops: Loops | None = None,
     ) -> None:
         self._options = options
         self._memory = memory or full_memory(options)
+        self._loops = loops
         self._stop = stop
         self._pixels = list(pixels)
         self._budgets = budgets(options, len(pixels))
@@ -166,7 +226,7 @@ class Descent:
         self._ahead: collections.deque[_Evaluation] = collections.deque()  # those after it that are launched already
         self._optimizer: LBFGS | Adam | None = None
         self._watch: _Watch | None = None  # of the scale that is being worked on
-        self._recorded: tuple[Closure, LBFGS | Adam, Recorded] | None = None
+        self._loop: Loop | None = None
         self._average = _Average(options.averaging)
         self._before: Iterate | None = None  # the best one known when the watch began
         self._latest: Iterate | None = None
@@ -199,6 +259,7 @@ class Descent:
     def begin(self, start: Tensor) -> None:
         """Begin the next scale from its first picture, (1, 3, H, W)."""
         self._optimizer = self._optimizer_for(start, self._budgets[self.scale])
+        self._leave_loop()
         self._watch = _Watch(self._optimizer.x.clone())
         self._average = _Average(self._options.averaging)
 
@@ -242,6 +303,7 @@ class Descent:
             if self._final and (converged or iterate.index == self._end(self.scale)):
                 reason = StopReason.CONVERGED if converged else StopReason.ITERATIONS
                 self.over = True
+                self._leave_loop()
                 yield replace(iterate, work=1.0, stop_reason=reason)
                 return
             # The step comes first, so that what is kept between two iterates is where the next one begins.
@@ -263,13 +325,30 @@ class Descent:
         return self._ahead.popleft()
 
     def _launch(self) -> Tensor:
-        """Evaluate and step, from a recording if there is one of this objective and this optimizer."""
+        """Evaluate and step, from a recording if there is one of this objective and this optimizer, or one like it."""
         assert self.closure is not None, "set the closure before the iterates"
-        if self._recorded is None or self._recorded[:2] != (self.closure, self._at):
-            self._recorded = None  # its memory first
-            work = functools.partial(launch, self.closure, self._at)
-            self._recorded = (self.closure, self._at, Recorded(work, self._at.x.device))
-        return self._recorded[2]()
+        if self._loop is None or (self._loop.closure, self._loop.optimizer) != (self.closure, self._at):
+            self._loop = None  # its memory first
+            self._loop = Loop.of(self.closure, self._at)
+        if self._loops is not None and self._loop.recorded.possible and not self._loop.recorded.made:
+            self._resume(self._loop, self._loops)
+        return self._loop.recorded()
+
+    def _resume(self, loop: Loop, loops: Loops) -> None:
+        """Let the recorded one of these loops go on where `loop` is, if it is of the same form."""
+        form = loop.form
+        if form is None:
+            return
+        kept_form, kept = loops.pop(self._at.x.shape, (None, loop))
+        if kept_form == form:
+            kept.take(loop)
+            self._loop, self.closure, self._optimizer = kept, kept.closure, kept.optimizer
+
+    def _leave_loop(self) -> None:
+        """Leave what has been recorded to whoever comes: nobody needs it here any more."""
+        if self._loops is not None and self._loop is not None and self._loop.recorded.made:
+            self._loops[self._loop.optimizer.x.shape] = self._loop.form, self._loop
+        self._loop = None
 
     def _wanted(self, index: int) -> bool:
         """Return whether there shall be an iterate of that index at this scale."""
@@ -287,6 +366,7 @@ class Descent:
             raise InvalidImage("content gives no finite loss: the objective is NaN or infinite at the starting picture")
         if self._final or not (watch.best or watch.hopeful):
             self.over = True
+            self._leave_loop()
             reason = StopReason.ITERATIONS if watch.hopeful else watch.verdict
             yield replace(best, work=1.0, stop_reason=reason)
             return
@@ -294,7 +374,7 @@ class Descent:
         self.picture = watch.best_x if early or watch.failures else self._point.clone()
         self._ahead.clear()
         self._index = self._end(self.scale)
-        self._before, self._watch, self.closure, self._recorded = best, None, None, None
+        self._before, self._watch, self.closure = best, None, None
         self.scale += 1
 
     def state(self) -> State:

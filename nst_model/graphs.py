@@ -58,6 +58,16 @@ class Recorded:
         self._calls = 0
         self._recording: tuple[Callable[[], None], Tensor] | None = None
 
+    @property
+    def possible(self) -> bool:
+        """Whether there is a recording, or will be one."""
+        return self._recorder is not None
+
+    @property
+    def made(self) -> bool:
+        """Whether there is a recording."""
+        return self._recording is not None
+
     def __call__(self) -> Tensor:
         """Do it; return its vector, which no other call will touch."""
         if self._recording is None and self._recorder is not None and self._calls >= WARM_UP:

@@ -26,7 +26,7 @@ Two departures from the textbook, both for this problem:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -96,6 +96,12 @@ class LBFGS:
         self._taken = torch.zeros((), dtype=torch.bool, device=device)
         self._slots = torch.arange(history, device=device)
         self._spectral = Spectral(self.x) if spectral else None
+
+    @property
+    def form(self) -> Hashable:
+        """What another minimization must have in common for `restore` to take its state, and to go on alike."""
+        pairs, constants = self._pairs, (self._first_step_rms, self._overshoot)
+        return ("lbfgs", self.x.shape, self.x.dtype, pairs.shape, pairs.dtype, self._spectral is None, constants)
 
     def restart(self, x: Tensor) -> None:
         """Go on from `x`, without memory and with steps a quarter as long: what to do after a step led nowhere."""

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nst_model.color import gray, moments, recolored, with_luminance
-from nst_model.descent import Closure, Descent, Iterate
+from nst_model.descent import Closure, Descent, Iterate, Loops
 from nst_model.devices import deterministic, memory_bytes, resolve_device, resolve_precision
 from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
-from nst_model.memory import Memory, fitting_memory
+from nst_model.memory import Memory, fitting_memory, peak_bytes
 from nst_model.network import Trunk, build_trunk
 from nst_model.objective import Objective, interpreted
 from nst_model.options import (
@@ -136,6 +136,8 @@ class FeatureModel:
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # else convolutions in FP32 keep 10 bits of their 23
         self._trunks: dict[Any, Trunk] = {}
+        self._loops: Loops = {}
+        self._loops_of: Any = None
 
     def precision(self, options: StylizeOptions) -> Precision:
         """Return the arithmetic that `options` lead to on this device: FP32 or BF16."""
@@ -145,6 +147,18 @@ class FeatureModel:
         """Return how L-BFGS shall remember, for a picture of that size to fit."""
         limit = self._memory_bytes or memory_bytes(self.device)
         return fitting_memory(options, height, width, self.weights.architecture, limit)
+
+    def loops(self, options: StylizeOptions, height: int, width: int) -> Loops | None:
+        """Return what the last run has left for another of the same sizes, None if there is no room to leave anything.
+
+        Recordings hold memory, those of all scales together less than the finest's twice.
+        """
+        sizes = (height, width, options.first_size_px, options.margin_px)
+        memory, limit = self.memory(options, height, width), self._memory_bytes or memory_bytes(self.device)
+        room = 2 * peak_bytes(options, height, width, self.weights.architecture, memory) <= limit
+        if sizes != self._loops_of or not room:
+            self._loops_of, self._loops = sizes, {}
+        return self._loops if room else None
 
     def trunk(self, options: StylizeOptions) -> Trunk:
         """Return the trunk that yields every layer that the options name."""
@@ -184,7 +198,8 @@ class FeatureModel:
         """Return the scripted objective for each region's style targets: what is minimized."""
         here = [
             {
-                layer: {name: tensor.to(self.device) for name, tensor in at_layer.items()}
+                # Copies: where a recording reads them, the next run's take their place.
+                layer: {name: tensor.to(self.device, copy=True) for name, tensor in at_layer.items()}
                 for layer, at_layer in targets.items()
             }
             for targets in styles
@@ -283,7 +298,8 @@ class Stylization:
         with self._repeatable():
             self._scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
         self._memory = model.memory(options, *content.shape[1:])
-        self._descent = Descent(options, self._pixels(), stop, self._memory)
+        self._loops = model.loops(options, *content.shape[1:])
+        self._descent = Descent(options, self._pixels(), stop, self._memory, self._loops)
 
     def __iter__(self) -> Iterator[Iterate]:
         """Yield the iterates that are left; see `stylize`."""
@@ -347,7 +363,7 @@ class Stylization:
         if state.values["edges"] != self._edges or dataclasses.replace(self.options, **same) != kept:
             raise DamagedState("the kept state is that of a run with other options or pictures")
         self.options = self._scene.options = kept
-        self._descent = Descent(kept, self._pixels(), self._stop, self._memory)
+        self._descent = Descent(kept, self._pixels(), self._stop, self._memory, self._loops)
         self._descent.restore(state.to(self._model.device))
 
     def _check_kept(self, options: StylizeOptions) -> None:

@@ -139,6 +139,101 @@ def test_a_recording_serves_one_objective_and_one_optimizer(
     assert all(itertools.starmap(same, zip(with_recordings, steered(), strict=True)))
 
 
+def jobs(picture: Picture) -> list[tuple[Tensor, list[Style], dict[str, Any]]]:
+    """Return three jobs of one form: other photographs, styles, weights, starts and budgets."""
+    photo, style, other = picture(40, 48, 1), picture(40, 48, 2), picture(30, 50, 3)
+    return [
+        (photo, [Style(style)], {"iterations": 8}),
+        (other[:, :, :48].repeat(1, 2, 1)[:, :40], [Style(other, 2.0), Style(style)], {"iterations": 9, "seed": 3}),
+        (photo, [Style(other)], {"iterations": 6, "style_weight": 0.5, "tv_weight": 3, "init": "noise"}),
+    ]
+
+
+def done(model: FeatureModel, job: tuple[Tensor, list[Style], dict[str, Any]], **options: Any) -> list[Iterate]:
+    """Do a job, from coarse to fine."""
+    content, styles, own = job
+    return list(
+        Stylization(model, content, styles, StylizeOptions(**{"first_size_px": 34, "history": 5, **own, **options}))
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"style_loss": "gram", "optimizer": "adam"}, {"style_loss": "direct"}, {"content_loss": "self_similarity"}],
+    ids=["fine", "adam", "direct", "self_similarity"],
+)
+def test_a_recording_serves_the_next_job_of_its_form(
+    tiny_model: FeatureModel,
+    picture: Picture,
+    monkeypatch: pytest.MonkeyPatch,
+    recorder: Replaying,
+    options: dict[str, Any],
+) -> None:
+    """Once for each size is enough; every job is the same to the bit as if nothing were recorded."""
+    model = FeatureModel(tiny_model.weights, "cpu")
+    recorded = [done(model, job, **options) for job in jobs(picture)]
+    assert recorder.recorded == 2
+    monkeypatch.setattr(graphs, "RECORDERS", {})
+    for iterates, job in zip(recorded, jobs(picture), strict=True):
+        assert all(itertools.starmap(same, zip(iterates, done(tiny_model, job, **options), strict=True)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"style_loss": "gram"}, {"history": 7}, {"tv_norm": "l1"}, {"pooling": "l2"}, {"deterministic": True}],
+    ids=str,
+)
+def test_a_job_of_another_form_is_recorded_anew(
+    tiny_model: FeatureModel, picture: Picture, monkeypatch: pytest.MonkeyPatch, recorder: Replaying, changes: Any
+) -> None:
+    """Whatever is not in a tensor that can be filled with other numbers makes another form."""
+    model, job = FeatureModel(tiny_model.weights, "cpu"), jobs(picture)[0]
+    done(model, job)
+    changed = done(model, job, **changes)
+    assert recorder.recorded == 4
+    monkeypatch.setattr(graphs, "RECORDERS", {})
+    assert all(itertools.starmap(same, zip(changed, done(tiny_model, job, **changes), strict=True)))
+
+
+def test_runs_that_take_turns_have_recordings_of_their_own(
+    tiny_model: FeatureModel, picture: Picture, monkeypatch: pytest.MonkeyPatch, recorder: Replaying
+) -> None:
+    """Of one model: neither disturbs the other, one with new weights on the way included."""
+    model = FeatureModel(tiny_model.weights, "cpu")
+
+    def turns() -> list[list[Iterate]]:
+        runs = [run(model, picture, iterations=12, first_size_px=512, init=init) for init in ("content", "noise")]
+        found: list[list[Iterate]] = [[], []]
+        for iterates in itertools.zip_longest(*runs):
+            for iterate, so_far in zip(iterates, found, strict=True):
+                so_far.append(iterate)
+            if iterates[0].index == 5:
+                runs[0].steer(content_weight=0.5)
+        return found
+
+    list(run(model, picture, iterations=12, first_size_px=512))
+    recorded = turns()
+    assert recorder.recorded > 1
+    monkeypatch.setattr(graphs, "RECORDERS", {})
+    for with_recordings, plain in zip(recorded, turns(), strict=True):
+        assert all(itertools.starmap(same, zip(with_recordings, plain, strict=True)))
+
+
+def test_nothing_is_left_where_there_is_no_room(
+    tiny_model: FeatureModel, picture: Picture, recorder: Replaying
+) -> None:
+    """A recording holds memory, which a job of another size may need."""
+    model, (job, *_) = FeatureModel(tiny_model.weights, "cpu"), jobs(picture)
+    done(model, job)
+    assert model.loops(StylizeOptions(first_size_px=34), 40, 48)
+    assert model.loops(StylizeOptions(first_size_px=34), 40, 47) == {}
+    tight = FeatureModel(tiny_model.weights, "cpu", 300 * 2**20)
+    done(tight, job)
+    done(tight, job)
+    assert recorder.recorded == 6
+    assert tight.loops(StylizeOptions(first_size_px=34), 40, 48) is None
+
+
 def test_what_cannot_be_recorded_is_done_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
