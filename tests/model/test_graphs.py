@@ -139,9 +139,15 @@ def test_a_recording_serves_one_objective_and_one_optimizer(
     assert all(itertools.starmap(same, zip(with_recordings, steered(), strict=True)))
 
 
-def jobs(picture: Picture) -> list[tuple[Tensor, list[Style], dict[str, Any]]]:
-    """Return three jobs of one form: other photographs, styles, weights, starts and budgets."""
+def jobs(picture: Picture, *, apart: bool = False) -> list[tuple[Tensor, list[Style], dict[str, Any]]]:
+    """Return jobs of one form: other photographs, styles, weights, starts and budgets; `apart`, in other regions."""
     photo, style, other = picture(40, 48, 1), picture(40, 48, 2), picture(30, 50, 3)
+    if apart:
+        left = (torch.arange(48) < 20).float().expand(40, 48)
+        return [
+            (photo, [Style(style, region=left), Style(other)], {"iterations": 8}),
+            (photo, [Style(other, region=1 - left.flip(1)), Style(style)], {"iterations": 8}),
+        ]
     return [
         (photo, [Style(style)], {"iterations": 8}),
         (other[:, :, :48].repeat(1, 2, 1)[:, :40], [Style(other, 2.0), Style(style)], {"iterations": 9, "seed": 3}),
@@ -157,6 +163,7 @@ def done(model: FeatureModel, job: tuple[Tensor, list[Style], dict[str, Any]], *
     )
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{}, {"style_loss": "gram", "optimizer": "adam"}, {"style_loss": "direct"}, {"content_loss": "self_similarity"}],
@@ -168,13 +175,14 @@ def test_a_recording_serves_the_next_job_of_its_form(
     monkeypatch: pytest.MonkeyPatch,
     recorder: Replaying,
     options: dict[str, Any],
+    apart: bool,
 ) -> None:
     """Once for each size is enough; every job is the same to the bit as if nothing were recorded."""
     model = FeatureModel(tiny_model.weights, "cpu")
-    recorded = [done(model, job, **options) for job in jobs(picture)]
+    recorded = [done(model, job, **options) for job in jobs(picture, apart=apart)]
     assert recorder.recorded == 2
     monkeypatch.setattr(graphs, "RECORDERS", {})
-    for iterates, job in zip(recorded, jobs(picture), strict=True):
+    for iterates, job in zip(recorded, jobs(picture, apart=apart), strict=True):
         assert all(itertools.starmap(same, zip(iterates, done(tiny_model, job, **options), strict=True)))
 
 
