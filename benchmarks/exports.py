@@ -1,7 +1,8 @@
 """Exported graphs in their runtimes against eager torch: the same inputs, call by call in turns, in one run.
 
 Eager is what the engine does: its trunk, its losses, and for the closure autograd. C++ and JavaScript are processes
-beside this one, `exports.cpp` and `exports.mjs`, which make a call when they are asked to.
+beside this one, `exports.cpp` and `exports.mjs`, which make a call when they are asked to; of the latter there are two,
+one in Node and one with a page in headless Chromium.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ EAGER = ("none", "torch, eager")
 
 @dataclass(frozen=True)
 class File:
-    """An exported graph, how long that took, and its description."""
+    """An exported graph, how large it is in bytes, how long that took, and its description."""
 
     path: Path
+    size: int
     seconds: float
     description: dict[str, Any]
 
@@ -67,7 +69,7 @@ def exported(weights: FeatureWeights, graph: ExportGraph, folder: Path) -> dict[
         seconds = time.perf_counter() - begin
         path = folder / f"{graph}-{precision}{format.suffix}"
         path.write_bytes(data)
-        files[name] = File(path, seconds, nst_model.read_description(data))
+        files[name] = File(path, len(data), seconds, nst_model.read_description(data))
     return files
 
 
@@ -131,6 +133,12 @@ def process(*command: str | Path) -> Iterator[Call]:
         running.stdin.close()
 
 
+def chromium() -> str:
+    """Return the program of a browser of the Chromium family."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), names[0])
+
+
 def in_onnxruntime(file: Path, given: dict[str, Tensor], threads: int) -> Call:
     """Return a call of an ONNX graph."""
     options = onnxruntime.SessionOptions()
@@ -190,8 +198,9 @@ def of_graph(
         for name, file in files.items():
             if name.startswith("ONNX"):
                 calls[name, "onnxruntime"] = in_onnxruntime(file.path, given, threads)
-                node = process("node", FOLDER / "exports.mjs", file.path, data, str(threads))
-                calls[name, "onnxruntime-web, Node"] = stack.enter_context(node)
+                command = ("node", FOLDER / "exports.mjs", file.path, data, str(threads))
+                calls[name, "onnxruntime-web, Node"] = stack.enter_context(process(*command))
+                calls[name, "onnxruntime-web, Chromium"] = stack.enter_context(process(*command, chromium()))
             else:
                 calls[name, "torch, Python"] = in_torch(file.path, spec, given)
             if name == "TorchScript":
@@ -209,11 +218,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    for needed, install in (("g++", "apt-get install g++"), ("node", "apt-get install nodejs")):
+    for needed, install in (("g++", "g++"), ("node", "nodejs npm"), (chromium(), "chromium")):
         if shutil.which(needed) is None:
-            sys.exit(f"{needed} is missing; install it: {install}")
-    if not (WEB / "node_modules" / "onnxruntime-web").is_dir():
-        sys.exit(f"onnxruntime-web is missing; install it: cd {WEB} && npm ci")
+            sys.exit(f"{needed} is missing; install it: apt-get update && apt-get install -y {install}")
+    if not (WEB / "node_modules" / "playwright-core").is_dir():
+        sys.exit(f"onnxruntime-web and playwright-core are missing; install them: cd {WEB} && npm ci")
     torch.set_num_threads(options.threads)
     weights = load_weights(options.model)
     print(f"{machine()}; {options.model}, {options.width}×{options.height} px, {options.threads} threads", flush=True)
@@ -244,14 +253,9 @@ def print_tables(
     for format in FORMATS:
         those = [files[graph][format] for graph in ExportGraph]
         print(f"| {format} | export | {' | '.join(f'{file.seconds:.1f} s' for file in those)} |")
-        print(f"| {format} | file | {' | '.join(f'{len_of(file) / 1e6:.1f} MB' for file in those)} |")
+        print(f"| {format} | file | {' | '.join(f'{file.size / 1e6:.1f} MB' for file in those)} |")
         if format.startswith("ONNX"):
             print(f"| {format} | nodes | {' | '.join(str(file.description['nodes']) for file in those)} |")
-
-
-def len_of(file: File) -> int:
-    """Return the size of a file, bytes."""
-    return file.path.stat().st_size
 
 
 if __name__ == "__main__":

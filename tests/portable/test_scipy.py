@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from nst_model import DEFAULT_MODEL, FeatureModel, Style, StylizeOptions, load_weights, stylize
-from tests.portable.conftest import SAMPLES, SIZE_PX
+from tests.portable.conftest import REPOSITORY, SAMPLES, SIZE_PX
 
 ITERATIONS = 60
 
@@ -71,6 +71,28 @@ def test_scipys_lbfgs_ends_where_ours_does(models: Path, pictures: Path, sample:
     with Image.open(out) as painted, Image.open(pictures / "photo.png") as photo:
         assert painted.size == photo.size
         assert np.abs(np.asarray(painted, int) - np.asarray(photo, int)).mean() > 5
+
+
+def test_the_page_on_exports_styles_a_photograph(models: Path, pictures: Path, tmp_path: Path) -> None:
+    """The program in docs/exports.md, as it is there but for where its pictures come from."""
+    page = (REPOSITORY / "docs" / "exports.md").read_text()
+    program = page.split("with SciPy\n\n```python\n")[1].split("```")[0]
+    begin = "photo, painting = …, …"
+    assert begin in program
+    read = "photo, painting = (np.load(f'{name}.npy') for name in ('photo', 'style'))"
+    for name in ("photo", "style"):
+        with Image.open(pictures / f"{name}.png") as opened:
+            pixels = np.asarray(opened.convert("RGB"), np.float32) / 255
+        np.save(tmp_path / name, pixels.transpose(2, 0, 1)[None])
+    for graph in ("features", "grams", "closure"):
+        (tmp_path / f"{graph}.onnx").symlink_to(models / f"{graph}.onnx")
+    program = program.replace(begin, read).replace('"maxiter": 100', '"maxiter": 3')
+    program += "\nprint(loss(photo.ravel())[0], loss(picture.ravel())[0])"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, done.stdout.split())
+    assert after < before / 2
 
 
 def test_benchmark_prints_json(models: Path, pictures: Path) -> None:
