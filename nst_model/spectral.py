@@ -53,14 +53,18 @@ class Spectral:
         self.sums.copy_(torch.where(taken, DECAY * self.sums + found, self.sums))
 
     def times(self, q: Tensor, gamma: Tensor) -> Tensor:
-        """Return H₀·q, both (n,). The scalar `gamma` bounds each band's, and stands in where nothing is known."""
+        """Return H₀·q, both (n,). The scalar `gamma` bounds each band's, and stands in where nothing is known.
+
+        Where q is 0 so is the product: what the objective does not see, such as what lies outside all regions, is not
+        moved along with the frequencies of the rest.
+        """
         scalar = gamma.to(q)
         by_band = (self.sums[0] / self.sums[1]).sqrt().clamp(LEAST * scalar, MOST * scalar)
         by_band = torch.where(self.sums[1] > 0, by_band, scalar)
         factors = (by_band.log() @ self._shares.t()).exp().view(*self._shape[:-1], -1)
         spectrum = torch.fft.rfft2(q.view(self._shape), norm="ortho") * factors
         product: Tensor = torch.fft.irfft2(spectrum, s=self._shape[-2:], norm="ortho").flatten()
-        return product
+        return product.masked_fill_(q == 0, 0.0)
 
 
 def _shares(height: int, width: int) -> Tensor:

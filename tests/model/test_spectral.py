@@ -68,6 +68,19 @@ def test_it_is_symmetric_and_positive(shape: tuple[int, ...]) -> None:
     assert float(one @ images[0]) > 0
 
 
+def test_what_the_objective_does_not_see_stays_as_it_is() -> None:
+    """The rest moves by frequencies, which are everywhere."""
+    start, channels = noise((1, 3, 24, 32), 5), torch.ones(3, dtype=torch.float64)
+    seen = torch.zeros_like(start)
+    seen[..., :20] = 1
+    optimizer = LBFGS(start, 5, spectral=True)
+    for _ in range(12):
+        gradient = seen * curved(seen * optimizer.x, 1.0, channels)
+        optimizer.step(gradient, (gradient * optimizer.x).sum() / 2)
+    assert torch.equal(optimizer.x[..., 20:], start[..., 20:])
+    assert float((optimizer.x - start)[..., :20].abs().mean()) > 0.1
+
+
 def test_bands_keep_to_the_scalar_within_bounds() -> None:
     """However extreme a band's ratio is."""
     shape = SHAPES[0]
