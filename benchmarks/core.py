@@ -49,9 +49,12 @@ HEADER = (
 
 
 def textbook_loop(
-    model: FeatureModel, content: Tensor, grams: dict[str, Tensor], options: StylizeOptions
+    model: FeatureModel, image: Tensor, grams: dict[str, Tensor], options: StylizeOptions
 ) -> Iterator[Callable[[], float]]:
-    """Yield, for each iteration, a function that makes it and returns the loss: plain PyTorch, as in tutorials."""
+    """Yield, for each iteration, a function that makes it and returns the loss before: plain PyTorch, as in tutorials.
+
+    `image` (1, 3, H, W), a leaf of autograd's, is optimized in place; as it is given, it is the content.
+    """
     style_layers, content_layers = relative(options.style_layers), relative(options.content_layers)
     trunk = build_trunk(
         model.weights,
@@ -69,9 +72,8 @@ def textbook_loop(
             found[name] = x
         return found
 
-    image = content[None].clone().requires_grad_(True)
     with torch.no_grad():
-        there = features(content[None])
+        there = features(image)
     optimizer = torch.optim.LBFGS([image], max_iter=1, history_size=100, tolerance_grad=0, tolerance_change=0)
 
     def closure() -> Tensor:
@@ -93,6 +95,11 @@ def textbook_loop(
         yield step
 
 
+def leaf(content: Tensor) -> Tensor:
+    """Return a photograph (3, H, W) as a picture for autograd to differentiate to, (1, 3, H, W)."""
+    return content[None].clone().requires_grad_(True)
+
+
 def measure(model: FeatureModel, size_px: int, iterations: int, precision: Precision) -> Row:
     """Return the row of one size. The pictures are made here: 1/f noise as content, dead leaves as style."""
     from nst_model.calibration import dead_leaves, one_over_f_noise  # noqa: PLC0415
@@ -105,7 +112,8 @@ def measure(model: FeatureModel, size_px: int, iterations: int, precision: Preci
     fp32 = dataclasses.replace(options, precision=Precision.FP32)
     ours = nst_model.stylize(model, content, [Style(style)], options)
     targets = model.style_targets(Style(style), fp32)
-    textbook = textbook_loop(model, content, {layer: kept["gram"] for layer, kept in targets.items()}, fp32)
+    grams = {layer: kept["gram"] for layer, kept in targets.items()}
+    textbook = textbook_loop(model, leaf(content), grams, fp32)
     next(ours)
     seconds: dict[str, list[float]] = {"textbook": [], "ours": []}
     for _ in range(iterations):

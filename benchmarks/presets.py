@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from canonical import picture
 from PIL import Image
 
 import nst_model
+from benchmarks.canonical import picture
 from nst_model import FeatureModel, Iterate, Style, StylizeOptions, load_weights, to_pixels
 from nst_model.objective import interpreted
 from nst_model.options import relative

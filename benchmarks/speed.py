@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 import nst_model
 from benchmarks import service
 from benchmarks.canonical import STYLES, picture
-from benchmarks.core import loss_in_fp32, textbook_loop
+from benchmarks.core import leaf, loss_in_fp32, textbook_loop
+from benchmarks.presets import distances
 from benchmarks.run import machine
-from nst_model import FeatureModel, Precision, Style, StylizeOptions, load_weights
+from nst_model import FeatureModel, Precision, Style, StylizeOptions, load_weights, to_pixels
 from nst_model.devices import memory_bytes, reuse_memory
 from nst_model.network import Trunk
 from nst_model.options import Optimizer, relative
@@ -163,7 +165,7 @@ def iteration(model: FeatureModel, preset: str, size_px: int, rounds: int, budge
     options = StylizeOptions.of(preset, size_px=size_px, iterations=10_000, first_size_px=size_px)
     gatys = StylizeOptions.of("gatys", size_px=size_px, precision=Precision.FP32)
     grams = {layer: kept["gram"] for layer, kept in model.style_targets(Style(style), gatys).items()}
-    textbook = textbook_loop(model, content, grams, gatys)
+    textbook = textbook_loop(model, leaf(content), grams, gatys)
     ours = nst_model.stylize(model, content, [Style(style)], options)
     ceilings, seconds = [Ceilings.of(model.device)], {"textbook": [], "ours": []}
     for _ in range(rounds + 2):
@@ -198,16 +200,20 @@ def iteration(model: FeatureModel, preset: str, size_px: int, rounds: int, budge
     }
 
 
-def race(model: FeatureModel, place: int, size_px: int, iterations: int, budget: Budget) -> dict[str, Any]:
+def race(
+    model: FeatureModel, place: int, size_px: int, iterations: int, *, budget: Budget, folder: Path
+) -> dict[str, Any]:
     """Return how long the textbook loop takes for its iterations and `gatys` for the same loss, seconds.
 
-    The two take turns of ten iterations. Losses are compared in fp32, whatever they were optimized in.
+    The two take turns of ten iterations. Losses are compared in fp32, whatever they were optimized in. Both pictures
+    are written to `folder`, and measured by what neither was made with: the distances of `benchmarks/presets.py`.
     """
     content, style = pair(model, place, size_px)
     options = StylizeOptions.of("gatys", size_px=size_px, iterations=iterations)
     fp32 = dataclasses.replace(options, precision=Precision.FP32)
     grams = {layer: kept["gram"] for layer, kept in model.style_targets(Style(style), fp32).items()}
-    textbook = textbook_loop(model, content, grams, fp32)
+    image = leaf(content)
+    textbook = textbook_loop(model, image, grams, fp32)
     ours = nst_model.stylize(model, content, [Style(style)], options)
     curves: dict[str, list[tuple[float, float]]] = {"textbook": [], "ours": []}
     spent = dict.fromkeys(curves, 0.0)
@@ -226,6 +232,7 @@ def race(model: FeatureModel, place: int, size_px: int, iterations: int, budget:
                 spent[name] += seconds
                 curve.append((spent[name], loss))
             budget.check(3 * (time.monotonic() - began))
+    pictures = {"textbook": image.detach()[0].clone()}
     reached = float(next(textbook)())
 
     def loss_at(index: int) -> float:
@@ -238,6 +245,11 @@ def race(model: FeatureModel, place: int, size_px: int, iterations: int, budget:
         middle = (first + last) // 2
         first, last = (first, middle) if loss_at(middle) <= reached else (middle + 1, last)
     ours_s = curves["ours"][first][0] if first < len(kept) else None
+    pictures["ours"] = kept[min(first, len(kept) - 1)].to(model.device)
+    measured = {}
+    for name, shown in pictures.items():
+        measured[name] = distances(model, shown, content, style)
+        Image.fromarray(to_pixels(shown.cpu())).save(folder / f"race-{size_px}-{place}-{name}.png")
     return {
         "photo": PAIRS[place][0],
         "style": PAIRS[place][1],
@@ -248,6 +260,7 @@ def race(model: FeatureModel, place: int, size_px: int, iterations: int, budget:
         "ours_iterations": first if ours_s else None,
         "ours_s": ours_s,
         "sooner": spent["textbook"] / ours_s if ours_s else None,
+        "distances": measured,
         "curves": curves,
     }
 
@@ -371,7 +384,12 @@ def parts(given: argparse.Namespace, model: FeatureModel, budget: Budget) -> Ite
     for size, preset in itertools.product(given.sizes, ("gatys", "fine")):
         yield "iteration", lambda p=preset, s=size: iteration(model, p, s, given.rounds, budget)
     for place in given.pairs:
-        yield "race", lambda place=place: race(model, place, given.race_size, given.race_iterations, budget)
+        yield (
+            "race",
+            lambda place=place: race(
+                model, place, given.race_size, given.race_iterations, budget=budget, folder=given.out
+            ),
+        )
     yield "fine", lambda: fine(model, given.fine_size, given.fine_iterations, given.rounds, budget)
     yield "service", lambda: asyncio.run(service.overhead(given.device, given.service_size, given.rounds, 3))
 
