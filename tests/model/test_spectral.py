@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from nst_model.lbfgs import LBFGS
+from nst_model import lbfgs
+from nst_model.lbfgs import DAMPING_RATE, LBFGS
 from nst_model.spectral import BANDS, LEAST, MOST, Spectral
 
 SHAPES = [(1, 3, 24, 32), (1, 3, 17, 23), (2, 16, 16)]
@@ -28,12 +30,18 @@ def curved(picture: Tensor, power: float, channels: Tensor) -> Tensor:
     return torch.fft.irfft2(filtered, s=(height, width)) * channels[:, None, None]
 
 
+def learn(spectral: Spectral, s: Tensor, y: Tensor, *, taken: bool = True) -> None:
+    """Show it a pair of pictures, and the scalar that is right for it."""
+    pair = torch.stack((s, y)).flatten(1)
+    spectral.learn(pair, pair[0].dot(pair[1]) / pair[1].dot(pair[1]), torch.tensor(taken))
+
+
 def learnt(shape: tuple[int, ...], power: float, channels: Tensor, pairs: int = 30) -> Spectral:
     """Return what was learnt from pairs of white noise and its product with a Hessian."""
     spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
     for seed in range(pairs):
         s = noise(shape, seed)
-        spectral.learn(torch.stack((s, curved(s, power, channels))).flatten(1), torch.tensor(True))
+        learn(spectral, s, curved(s, power, channels))
     return spectral
 
 
@@ -41,7 +49,7 @@ def learnt(shape: tuple[int, ...], power: float, channels: Tensor, pairs: int = 
 def test_without_pairs_it_is_the_scalar(shape: tuple[int, ...]) -> None:
     """And so it is after pairs that were not taken."""
     spectral, q = Spectral(torch.zeros(shape, dtype=torch.float64)), noise(shape, 1).flatten()
-    spectral.learn(torch.stack((q, 3 * q)), torch.tensor(False))
+    learn(spectral, q, 3 * q, taken=False)
     torch.testing.assert_close(spectral.times(q, 7 * ONE), 7 * q)
 
 
@@ -87,7 +95,7 @@ def test_bands_keep_to_the_scalar_within_bounds() -> None:
     q = noise(shape, 1).flatten()
     for factor, bound in ((1e9, MOST), (1e-9, LEAST)):
         spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
-        spectral.learn(torch.stack((factor * q, q)), torch.tensor(True))
+        learn(spectral, factor * q, q)
         torch.testing.assert_close(spectral.times(q, 2 * ONE), 2 * bound * q)
 
 
@@ -96,7 +104,7 @@ def test_what_is_long_past_counts_no_more() -> None:
     shape, q = SHAPES[0], noise(SHAPES[0], 1).flatten()
     spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
     for factor in [5.0] * 100 + [1.0] * 300:
-        spectral.learn(torch.stack((factor * q, q)), torch.tensor(True))
+        learn(spectral, factor * q, q)
     torch.testing.assert_close(spectral.times(q, ONE), q, rtol=0.05, atol=0.01)
 
 
@@ -105,10 +113,10 @@ def test_sums_count_every_frequency_once() -> None:
     for shape in SHAPES:
         spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
         s, y = noise(shape, 1), noise(shape, 2)
-        spectral.learn(torch.stack((s, y)).flatten(1), torch.tensor(True))
-        assert spectral.sums.shape == (2, math.prod(shape[:-2]), BANDS)
+        learn(spectral, s, y)
+        assert spectral.bands.shape == (2, math.prod(shape[:-2]), BANDS)
         wanted = torch.stack((s, y)).square().sum(dim=(-2, -1)).view(2, -1) / y.square().sum()
-        torch.testing.assert_close(spectral.sums.sum(dim=-1), wanted)
+        torch.testing.assert_close(spectral.bands.sum(dim=-1), wanted)
 
 
 def test_lbfgs_needs_fewer_iterations_with_it() -> None:
@@ -129,3 +137,55 @@ def test_lbfgs_needs_fewer_iterations_with_it() -> None:
         raise AssertionError("it did not converge")
 
     assert iterations(True) < 0.5 * iterations(False)
+
+
+def placed(x: Tensor, power: float) -> Tensor:
+    """Return a picture times a Hessian that has, beside its frequencies, a curvature from 1 to 16 for each column."""
+    columns = torch.logspace(0, math.log10(4.0), x.shape[-1], dtype=torch.float64)
+    return columns * curved(columns * x, power, torch.ones(3, dtype=torch.float64))
+
+
+def test_a_hessian_by_place_is_learnt() -> None:
+    """What it makes of H·v is nearer to v than what its frequencies alone would make of it."""
+    shape = (1, 3, 48, 64)
+    spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+    for seed in range(30):
+        s = noise(shape, seed)
+        learn(spectral, s, placed(s, 1.0))
+    v = noise(shape, 99)
+
+    def error() -> float:
+        found = spectral.times(placed(v, 1.0).flatten(), 0.1 * ONE)
+        return float((found - v.flatten()).norm() / v.norm())
+
+    both = error()
+    spectral.places.fill_(1.0)
+    assert both < 0.75 * error()
+
+
+def parts_of_secant_steps(slopes: list[float]) -> list[float]:
+    """Return the steps that are made when each gradient is `slope` times the one before, relative to the secants'."""
+    optimizer = LBFGS(torch.zeros(1, 3, 16, 16, dtype=torch.float64), 1, spectral=True)
+    gradient, lengths = noise((1, 3, 16, 16), 1), []
+    for slope in slopes:
+        before = optimizer.x.clone()
+        optimizer.step(gradient, ONE)
+        lengths.append(float((optimizer.x - before).norm()))
+        gradient = slope * gradient
+    pairs = zip(itertools.pairwise(lengths), slopes, strict=False)
+    return [length / (before * abs(slope) / (1 - slope)) for (before, length), slope in pairs]
+
+
+@pytest.mark.parametrize(("slope", "rate"), [(-0.5, DAMPING_RATE / 2), (-4.0, DAMPING_RATE)])
+def test_steps_that_go_too_far_become_shorter(slope: float, rate: float) -> None:
+    """Where the objective's slope at their end is `slope` times that at the beginning; and longer when it is not."""
+    parts = parts_of_secant_steps([slope] * 10 + [0.5] * 41)
+    assert parts[:10] == pytest.approx([math.exp(-rate * number) for number in range(1, 11)])
+    assert parts[10] > parts[9]
+    assert parts[-1] == pytest.approx(1)
+
+
+def test_steps_become_no_shorter_than_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the objective does."""
+    monkeypatch.setattr(lbfgs, "DAMPING_RATE", 1.0)
+    assert parts_of_secant_steps([-1.0] * 6)[1:] == pytest.approx([0.25] * 4)
