@@ -160,9 +160,9 @@ class Worker:
         targets_of = self._targets_of(model, task.styles)
         start = None if task.start is None else nst_model.from_pixels(task.start)
         run = Stylization(model, content, styles, task.options, start=start, targets_of=targets_of, stop=control.stop)
-        if task.checkpoint is not None:
-            self._take_up(run, task, task.checkpoint, clock)
         reason, latest = "", -1
+        if task.checkpoint is not None:
+            latest = self._take_up(run, task, task.checkpoint, clock)
         for iterate in run:
             if iterate.index > latest:  # else the best one again, with the reason to stop
                 self._report(task, iterate, clock, every_frame=task.every_frame or control.every_frame)
@@ -185,19 +185,23 @@ class Worker:
         picture = of_size(run.best.picture, content.shape[1:])
         return Done(task.id, nst_model.to_pixels(picture, bits=task.bit_depth), run.best.index, run.best.loss, reason)
 
-    def _take_up(self, run: Stylization, task: StylizeTask, checkpoint: Checkpoint, clock: _Clock) -> None:
-        """Go on from a checkpoint; without one that can be read the run begins anew, which costs time only."""
+    def _take_up(self, run: Stylization, task: StylizeTask, checkpoint: Checkpoint, clock: _Clock) -> int:
+        """Go on from a checkpoint, and return which iteration it was made after.
+
+        Without one that can be read the run begins anew, which costs time only; then it is -1.
+        """
         try:
             run.restore(State.from_bytes(self._keeper.read(checkpoint)))
         except (DamagedState, RequestError, OSError) as error:
             log.warning("%s cannot be gone on from: %s; the job begins anew", checkpoint.key, error)
-        else:
-            clock.go_on(checkpoint.elapsed_s)
-            # What the caller has changed since.
-            wanted = {name: getattr(task.options, name) for name in STEERABLE}
-            if any(getattr(run.options, name) != value for name, value in wanted.items()):
-                run.steer(**wanted)
-                self._sender.send(Steered(task.id, run.options, run.iterations))
+            return -1
+        clock.go_on(checkpoint.elapsed_s)
+        # What the caller has changed since.
+        wanted = {name: getattr(task.options, name) for name in STEERABLE}
+        if any(getattr(run.options, name) != value for name, value in wanted.items()):
+            run.steer(**wanted)
+            self._sender.send(Steered(task.id, run.options, run.iterations))
+        return checkpoint.iteration
 
     def _obeyed(self, task: StylizeTask, run: Stylization, control: Control) -> Finish | Suspend | None:
         """Carry out the orders that have come; return the one that ends the run."""
