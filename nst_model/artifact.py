@@ -38,6 +38,8 @@ from nst_model.errors import InvalidArtifact
 FORMAT_VERSION = 1
 """Raised when a program that reads one version would misread the next."""
 
+KINDS = ("graph", "style")
+
 DESCRIPTION = "nst.json"
 EXTRA = f"extra/{DESCRIPTION}"
 
@@ -52,6 +54,8 @@ _TRUNCATED = "the file is truncated, or no artifact of this project"
 
 _MAX_PARTS = 1000
 """Members of an archive, tensors of a style, or fields of an ONNX model; no file of this project has half as many."""
+_MAX_FILE_BYTES = 1 << 28
+"""The largest model takes a third of that, a style of every layer at every size two."""
 _MAX_HEADER_BYTES = 1 << 20
 """Of a style file, and of any description."""
 
@@ -105,8 +109,7 @@ def read_description(source: Path | bytes) -> dict[str, Any]:
     Nothing in the file is executed or unpickled. Raises InvalidArtifact for what is no artifact, or truncated, altered,
     of another version, or a pickle; OSError.
     """
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    parts = _parts(data)
+    parts = _parts(content_of(source))
     if len(parts.description) > _MAX_HEADER_BYTES or (seal := _SEAL.search(parts.description)) is None:
         raise InvalidArtifact(f"{_FOREIGN}: its description has no content_sha256")
     try:
@@ -119,7 +122,20 @@ def read_description(source: Path | bytes) -> dict[str, Any]:
         raise InvalidArtifact(f"the file has format version {found!r}; this program reads version {FORMAT_VERSION}")
     if _digest(parts.content, _with_seal(parts.description, _UNSEALED)) != seal[1].decode():
         raise InvalidArtifact("the file was altered or damaged: its content_sha256 is not that of its content")
+    if description.get("kind") not in KINDS:
+        raise InvalidArtifact(f"{_FOREIGN}: it is neither {' nor '.join(KINDS)} but {description.get('kind')!r}")
     return dict(description)
+
+
+def content_of(source: Path | bytes) -> bytes:
+    """Return bytes as they are, or a file's. Raises InvalidArtifact for one that does not end; OSError."""
+    if isinstance(source, bytes):
+        return source
+    with source.open("rb") as stream:
+        data = stream.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise InvalidArtifact(f"{_FOREIGN}: it has more than {_MAX_FILE_BYTES} bytes")
+    return data
 
 
 def producer() -> dict[str, str]:

@@ -138,6 +138,13 @@ def test_another_version_is_named(files: Mapping[str, bytes]) -> None:
             read_description(data)
 
 
+@pytest.mark.parametrize("kind", ["banana", ["graph"], None])
+def test_other_kinds_are_refused(kind: object) -> None:
+    """Neither a graph nor a style, whatever else is said."""
+    with pytest.raises(InvalidArtifact, match="neither graph nor style but"):
+        read_description(sealed_onnx(b"", {"format_version": FORMAT_VERSION, "kind": kind}))
+
+
 class Trap:
     """What leaves a trace when it is unpickled."""
 

@@ -308,6 +308,8 @@ def test_style_is_made_at_the_command_line(tiny_weights_file: Path, tmp_path: Pa
             "weight must be given for each image or for none, not 2 for 1",
         ),
         ((*wave, "no/c"), "output: there is no folder 'no'"),
+        ((*wave, "."), "output: '.' is a folder; name a file in it"),
+        ((*wave, "c", "--style-layers", "relu1_1,relu9_1"), "relu9_1] is no layer"),
         (("style", "a.style.safetensors", *wave[2:], "c"), "a.style.safetensors is no image of the formats JPEG, PNG"),
         (("style", "nowhere.png", *wave[2:], "c"), "No such file or directory"),
     ):
