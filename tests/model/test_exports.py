@@ -141,6 +141,7 @@ def test_pt2_is_the_engine(
         (ExportGraph.GRAMS, Pooling.AVERAGE, Padding.ZEROS),
         (ExportGraph.OBJECTIVE, Pooling.MAX, Padding.ZEROS),
         (ExportGraph.OBJECTIVE, Pooling.AVERAGE, Padding.ZEROS),
+        (ExportGraph.CLOSURE, Pooling.MAX, Padding.ZEROS),
         (ExportGraph.CLOSURE, Pooling.AVERAGE, Padding.REPLICATE),
         (ExportGraph.CLOSURE, Pooling.L2, Padding.ZEROS),
     ],
@@ -148,7 +149,7 @@ def test_pt2_is_the_engine(
 def test_onnx_is_the_engine(
     exported: Exported, plain_weights: FeatureWeights, graph: ExportGraph, pooling: Pooling, padding: Padding
 ) -> None:
-    """In onnxruntime; the closure with max pooling has the test of its own below."""
+    """In onnxruntime; the closure of a real network has a test of its own below."""
     spec = spec_of(graph, ExportFormat.ONNX, pooling=pooling, padding=padding)
     data = exported(spec)
     assert_checked(data)
