@@ -53,7 +53,7 @@ _FOREIGN = "the file is no artifact of this project"
 _TRUNCATED = "the file is truncated, or no artifact of this project"
 
 _MAX_PARTS = 1000
-"""Members of an archive, tensors of a style, or fields of an ONNX model; no file of this project has half as many."""
+"""Members of an archive, or fields of an ONNX model; no file of this project has half as many."""
 _MAX_FILE_BYTES = 1 << 28
 """The largest model takes a third of that, a style of every layer at every size two."""
 _MAX_HEADER_BYTES = 1 << 20
@@ -74,7 +74,7 @@ _PROGRAM_TEXT = {
     ),
     "as_string": r"Runtime assertion failed for expression [\w ()&/*+<=>,-]* on node '\w+'|\w*",
     "in_spec": (
-        r'(?:"builtins\.(?:tuple|dict)"|"(?:type|context|children_spec)"|"?null"?|"\[(?:\\"[\w.]+\\"(?:, )?)*\]"'
+        r'(?:"builtins\.(?:tuple|dict)"|"(?:type|context|children_spec)"|null|"null"|"\[(?:\\"[\w.]+\\"(?:, )?)*\]"'
         r"|[\[\]{}:, 1])*"
     ),
     "target": (

@@ -249,6 +249,10 @@ def in_program(before: str, after: str) -> Callable[[Members, Trap], Members]:
         pytest.param(
             in_program(r"torch\.ops\.aten\.relu_\.default", "torch.ops.aten.from_file.default"), id="another operator"
         ),
+        pytest.param(
+            in_program('"in_spec": "', '"in_spec": "' + r"null\"" * 60 + "x"),
+            id="text that could be matched in many ways",
+        ),
         pytest.param(lambda *_: {"data/aotinductor/model/a.so": b"\x7fELF"}, id="native code"),
         pytest.param(lambda ours, _: {"data/sample_inputs/model.pt": ours[WEIGHTS]}, id="example inputs"),
         pytest.param(lambda *_: {"models/model.json": b"[" * 100_000}, id="too deep to be read"),
