@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+STDOUT = "-"
 
 Model = Annotated[str, typer.Argument(help="Name of a feature model; `nst-model list` shows them.")]
 
@@ -73,16 +76,18 @@ def export_model(
     model: Model = DEFAULT_MODEL,
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file; by default named after what is in it.")
-    ] = None,
+        str, typer.Option("--output", "-o", help="A file, a directory, or - for stdout; default: a file here.")
+    ] = os.curdir,
     graph: Annotated[ExportGraph, typer.Option(help="What it computes.")] = ExportGraph.CLOSURE,
-    format: Annotated[ExportFormat, typer.Option(help="The file's format.")] = ExportFormat.ONNX,
+    format: Annotated[
+        ExportFormat | None, typer.Option(help="The file's format; default: the one that its name ends in, or onnx.")
+    ] = None,
     precision: Annotated[
         ExportPrecision, typer.Option(help="Of the weights; fp16 in ONNX only.")
     ] = ExportPrecision.FP32,
-    layer: Annotated[list[str], typer.Option(help="Layer of the graph features; may be repeated.")] = [],  # noqa: B006
-    content_layer: Annotated[list[str], typer.Option(help="Layer for the content; may be repeated.")] = [],  # noqa: B006
-    style_layer: Annotated[list[str], typer.Option(help="Layer for the style; may be repeated.")] = [],  # noqa: B006
+    layers: Annotated[str, typer.Option(metavar="LAYER,…", help="Of the graph features.")] = "",
+    content_layers: Annotated[str, typer.Option(metavar="LAYER,…", help="Compared with the content's.")] = "",
+    style_layers: Annotated[str, typer.Option(metavar="LAYER,…", help="Compared with the style's.")] = "",
     pooling: Annotated[Pooling, typer.Option(help="How the model halves its resolution.")] = Pooling.MAX,
     padding: Annotated[Padding, typer.Option(help="What lies beyond the edge.")] = Padding.ZEROS,
 ) -> None:
@@ -90,35 +95,35 @@ def export_model(
     spec = ExportSpec(
         model=model,
         graph=graph,
-        format=format,
+        format=_format(output, format),
         precision=precision,
-        layers=tuple(layer),
-        content_layers=tuple(content_layer),
-        style_layers=tuple(style_layer),
+        layers=_listed(layers),
+        content_layers=_listed(content_layers),
+        style_layers=_listed(style_layers),
         pooling=pooling,
         padding=padding,
     )
-    file = output or Path(spec.file_name)
-    _check_folder(file)
-    from nst_model.exports import export, write_artifact  # noqa: PLC0415
+    file = _target(output, spec.file_name)
+    from nst_model.exports import export  # noqa: PLC0415
     from nst_model.weights import load_weights  # noqa: PLC0415
 
-    write_artifact(export(load_weights(model), spec), file)
-    print(file)
+    _write(export(load_weights(model), spec), file)
 
 
 @app.command()
 def style(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help=f"The file; its name should end in {STYLE_SUFFIX}.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help=f"A file, whose name should end in {STYLE_SUFFIX}, or - for stdout.")
+    ],
     model: Annotated[str, typer.Option(help="Name of a feature model.")] = DEFAULT_MODEL,
     weight: Annotated[list[float], typer.Option(help="Of an image, in their order; default 1.")] = [],  # noqa: B006
     name: Annotated[str, typer.Option(help="Name of the style, for people.")] = "",
     size: Annotated[int, typer.Option(help="Longer edge of the largest pictures that it is for, pixels.")] = 512,
     first_size: Annotated[int, typer.Option(help="Longer edge that their coarse-to-fine runs begin at, pixels.")] = 128,
     style_scale: Annotated[float, typer.Option(help="Longer edge of the images relative to the pictures'.")] = 1.0,
-    layer: Annotated[list[str], typer.Option(help="Layer to be kept; may be repeated.")] = [],  # noqa: B006
+    style_layers: Annotated[str, typer.Option(metavar="LAYER,…", help="To be kept.")] = "",
     pooling: Annotated[Pooling, typer.Option(help="How the model halves its resolution.")] = Pooling.MAX,
     padding: Annotated[Padding, typer.Option(help="What lies beyond the edge.")] = Padding.MIRROR,
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = Precision.FP32,
@@ -128,7 +133,7 @@ def style(
         size_px=size,
         first_size_px=first_size,
         style_scale=style_scale,
-        style_layers=dict.fromkeys(layer or STYLE_LAYERS, 1.0),
+        style_layers=dict.fromkeys(_listed(style_layers) or STYLE_LAYERS, 1.0),
         pooling=pooling,
         padding=padding,
         precision=precision,
@@ -136,8 +141,7 @@ def style(
     weights_given = weight or [1.0] * len(images)
     if len(weights_given) != len(images):
         raise InvalidOption("weight", f"must be given for each image or for none, not {len(weight)} for {len(images)}")
-    _check_folder(output)
-    from nst_model.exports import write_artifact  # noqa: PLC0415
+    file = _target(output)
     from nst_model.pictures import read_picture  # noqa: PLC0415
     from nst_model.preparation import prepare_style  # noqa: PLC0415
     from nst_model.stylization import FeatureModel, Style  # noqa: PLC0415
@@ -145,24 +149,61 @@ def style(
 
     edge_px = scaled_edge(size, style_scale)
     styles = [
-        Style(read_picture(file, edge_px), share, file_sha256(file))
-        for file, share in zip(images, weights_given, strict=True)
+        Style(read_picture(image, edge_px), share, file_sha256(image))
+        for image, share in zip(images, weights_given, strict=True)
     ]
     kept = prepare_style(FeatureModel(load_weights(model), "cpu"), styles, options, display_name=name)
-    write_artifact(kept.to_bytes(), output)
-    print(output)
+    _write(kept.to_bytes(), file)
 
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="An exported model or a style file.")]) -> None:
     """Check a file and print what it says of itself."""
-    print(json.dumps(read_description(file), indent=2, ensure_ascii=False))
+    print(json.dumps(read_description(file), indent=2))
 
 
-def _check_folder(file: Path) -> None:
-    """Say at once that a file cannot be written, and not after half a minute of work."""
-    if not file.absolute().parent.is_dir():
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(entry.strip() for entry in text.split(",")) if text else ()
+
+
+def _format(output: str, wanted: ExportFormat | None) -> ExportFormat:
+    """Return the format of an exported file. Raises InvalidOption if its name ends in another one."""
+    meant = {format.suffix: format for format in ExportFormat}.get(Path(output).suffix)
+    if None not in {meant, wanted} and wanted is not meant:
+        raise InvalidOption("format", f"must be {meant} for a file called {output!r}, not {wanted}")
+    return wanted or meant or ExportFormat.ONNX
+
+
+def _target(output: str, name: str | None = None) -> Path | None:
+    """Return the file to be written, None for stdout. Raises InvalidOption at once, and not after the work.
+
+    In a folder it has its own `name`, if there is one.
+    """
+    if output == STDOUT:
+        return None
+    file = Path(output)
+    if file.is_dir():
+        if name is None:
+            raise InvalidOption("output:", f"{str(file)!r} is a folder; name a file in it")
+        file /= name
+    folder = file.resolve().parent
+    if not folder.is_dir():
         raise InvalidOption("output:", f"there is no folder {str(file.parent)!r}")
+    if not os.access(folder, os.W_OK) and (file.is_file() or not file.exists()):
+        raise InvalidOption("output:", f"the folder {str(folder)!r} cannot be written to")
+    return file
+
+
+def _write(data: bytes, file: Path | None) -> None:
+    """Write a file and print its name; or write to stdout, all of it even if it takes a part at a time."""
+    if file is None:
+        with open(sys.stdout.fileno(), "wb", closefd=False) as stream:
+            stream.write(data)
+        return
+    from nst_model.exports import write_artifact  # noqa: PLC0415
+
+    write_artifact(data, file)
+    print(file)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ little-endian):
     safetensors         `{name} F32 [{shape}]` and bytes of each tensor, by name
     and in all of them  the description, with 64 zeros for `content_sha256`
 
-A digest is no signature: it tells damage, not who made a file.
+An archive is refused, too, unless it is byte for byte the one that its members make here. So every byte of a file is
+covered. A digest is no signature: it tells damage, not who made a file.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from nst_model.errors import InvalidArtifact
 FORMAT_VERSION = 1
 """Raised when a program that reads one version would misread the next."""
 
+KINDS = ("graph", "style")
+
 DESCRIPTION = "nst.json"
 EXTRA = f"extra/{DESCRIPTION}"
 
@@ -45,10 +48,45 @@ _METADATA_PROPS = 14
 
 _UNSEALED = "0" * 64
 _SEAL = re.compile(rb'"content_sha256":"([0-9a-f]{64})"')
-_USE_PICKLE = re.compile(rb'"use_pickle":\s*true')
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _FOREIGN = "the file is no artifact of this project"
 _TRUNCATED = "the file is truncated, or no artifact of this project"
+
+_MAX_PARTS = 1000
+"""Members of an archive, or fields of an ONNX model; no file of this project has half as many."""
+_MAX_FILE_BYTES = 1 << 28
+"""The largest model takes a third of that, a style of every layer at every size two."""
+_MAX_HEADER_BYTES = 1 << 20
+"""Of a style file, and of any description."""
+
+_PT2_MEMBER = re.compile(
+    r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|\.data/version|byteorder"
+)
+_TORCHSCRIPT_MEMBER = re.compile(
+    r"(data|constants)\.pkl|code/[\w./]+\.py|(data|constants)/\d+|version|byteorder|\.(data/version|format_version|storage_alignment)"
+)
+_PAYLOAD = re.compile(r"(weight|tensor)_\d+")
+_PROGRAM_TEXT = {
+    "expr_str": (
+        r"(?:(?:Add|And|Equality|FloorDiv|GreaterThan|LessThan|Max|Mul|StrictGreaterThan)\(|Integer\(-?\d+\)"
+        r"|Symbol\('[su]\d+', positive=True, integer=True\)|, |\))*"
+    ),
+    "as_string": r"Runtime assertion failed for expression [\w ()&/*+<=>,-]* on node '\w+'|\w*",
+    "in_spec": (
+        r'(?:"builtins\.(?:tuple|dict)"|"(?:type|context|children_spec)"|null|"null"|"\[(?:\\"[\w.]+\\"(?:, )?)*\]"'
+        r"|[\[\]{}:, 1])*"
+    ),
+    "target": (
+        r"_operator\.(add|and_|eq|floordiv|ge|gt|le|lt|mul|sub)|torch\.ops\.aten\.(_assert_scalar|add|avg_pool2d|bmm|cat|conv2d"
+        r"|conv_transpose2d|div|eq|flatten|gt|matmul|max_pool2d|mean|mul|narrow|pad|pixel_shuffle|relu_|reshape|select|slice|sqrt"
+        r"|square|stack|sub|sym_size|transpose|unsqueeze|where|zeros_like)\.\w+"
+    ),
+    "guards_code": "",
+}
+"""What the texts in a pt2 program may be, by their names: torch evaluates some, and makes a Python function of others.
+All others are names."""
+_PROGRAM_TEXT["out_spec"] = _PROGRAM_TEXT["in_spec"]
 
 
 class Fp32(NamedTuple):
@@ -71,20 +109,33 @@ def read_description(source: Path | bytes) -> dict[str, Any]:
     Nothing in the file is executed or unpickled. Raises InvalidArtifact for what is no artifact, or truncated, altered,
     of another version, or a pickle; OSError.
     """
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    parts = _parts(data)
-    if (seal := _SEAL.search(parts.description)) is None:
+    parts = _parts(content_of(source))
+    if len(parts.description) > _MAX_HEADER_BYTES or (seal := _SEAL.search(parts.description)) is None:
         raise InvalidArtifact(f"{_FOREIGN}: its description has no content_sha256")
     try:
         description = json.loads(parts.description)
         found = description["format_version"]
+        json.dumps(description, ensure_ascii=False, allow_nan=False).encode()  # else nobody could print it
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidArtifact(f"the file's description cannot be read: {error!r}") from None
     if found != FORMAT_VERSION:
         raise InvalidArtifact(f"the file has format version {found!r}; this program reads version {FORMAT_VERSION}")
     if _digest(parts.content, _with_seal(parts.description, _UNSEALED)) != seal[1].decode():
         raise InvalidArtifact("the file was altered or damaged: its content_sha256 is not that of its content")
+    if description.get("kind") not in KINDS:
+        raise InvalidArtifact(f"{_FOREIGN}: it is neither {' nor '.join(KINDS)} but {description.get('kind')!r}")
     return dict(description)
+
+
+def content_of(source: Path | bytes) -> bytes:
+    """Return bytes as they are, or a file's. Raises InvalidArtifact for one that does not end; OSError."""
+    if isinstance(source, bytes):
+        return source
+    with source.open("rb") as stream:
+        data = stream.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise InvalidArtifact(f"{_FOREIGN}: it has more than {_MAX_FILE_BYTES} bytes")
+    return data
 
 
 def producer() -> dict[str, str]:
@@ -94,11 +145,15 @@ def producer() -> dict[str, str]:
 
 def sealed_archive(members: Mapping[str, bytes], description: Mapping[str, Any]) -> bytes:
     """Return a zip archive of members and their description, as torch writes it: stored, each at a multiple of 64."""
-    sealed = _sealed(_members(members), description)
+    return _archive({**members, EXTRA: _sealed(_members(members), description)})
+
+
+def _archive(members: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in [*members.items(), (EXTRA, sealed)]:
+        for name, content in members.items():
             entry = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # else other bytes on Windows
             header = buffer.tell() + 30 + len(entry.filename) + 4
             entry.extra = struct.pack("<2sH", b"FB", -header % 64) + bytes(-header % 64)
             archive.writestr(entry, content)
@@ -164,39 +219,28 @@ def _parts(data: bytes) -> _Parts:
 
 
 def _archive_parts(data: bytes) -> _Parts:
-    """Take apart an archive as `sealed_archive` lays it out: member upon member, directory, end, and nothing between.
+    """Take apart an archive that is, byte for byte, as `sealed_archive` lays it out.
 
-    So no two readers can find different members in it, and nothing is read that was not asked for.
+    So no two readers can find different members in it, and no byte of it is beyond the digest.
     """
     members: dict[str, bytes] = {}
-    directory: list[tuple[int, ...]] = []
     position = 0
     while data.startswith(b"PK\x03\x04", position):
-        flags, method, crc, size, whole, name_size, extra_size = _unpacked("<6x2H4x3I2H", data, position)
+        size, _, name_size, extra_size = _unpacked("<18x2I2H", data, position)
         start = position + 30 + name_size + extra_size
-        name = data[position + 30 : position + 30 + name_size].decode(errors="replace")
-        if method or flags or size != whole or not name.startswith("archive/") or name in members:
-            raise InvalidArtifact(f"{_FOREIGN}: {name!r} in it is compressed, twice there, or not in archive/")
+        name = data[position + 30 : position + 30 + name_size].decode(errors="replace").removeprefix("archive/")
         if start + size > len(data):
             raise InvalidArtifact(_TRUNCATED)
+        if len(members) == _MAX_PARTS:
+            raise InvalidArtifact(f"{_FOREIGN}: it has more than {_MAX_PARTS} members")
         members[name] = data[start : start + size]
-        directory.append((flags, method, crc, size, whole, name_size, position))
         position = start + size
-    begin = position
-    for name, entry in zip(members, directory, strict=True):
-        *found, extra_size, comment_size, offset = _unpacked("<8x2H4x3I3H8xI", data, position)
-        there = data[position : position + 4], data[position + 46 : position + 46 + len(name.encode())]
-        if (*found, offset) != entry or there != (b"PK\x01\x02", name.encode()):
-            raise InvalidArtifact(f"the file is damaged: its directory says something else of {name!r}")
-        position += 46 + entry[5] + extra_size + comment_size
-    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(members), len(members), position - begin, begin, 0)
-    if data[position:] != end:
-        raise InvalidArtifact("the file is truncated, or there is more behind its end")
-    content = {name.removeprefix("archive/"): member for name, member in members.items()}
-    if (description := content.pop(EXTRA, None)) is None:
-        raise InvalidArtifact(f"{_FOREIGN}: it has no description")
-    _refuse_pickles(content)
-    return _Parts(_members(content), description)
+    if EXTRA not in members:
+        raise InvalidArtifact(f"{_FOREIGN}, or truncated: it has no description")
+    if _archive(members) != data:
+        raise InvalidArtifact("the file was altered or damaged, or has more in it than its members")
+    description = members.pop(EXTRA)
+    return _Parts(_harmless(members), description)
 
 
 def _unpacked(layout: str, data: bytes, position: int) -> tuple[int, ...]:
@@ -206,18 +250,53 @@ def _unpacked(layout: str, data: bytes, position: int) -> tuple[int, ...]:
         raise InvalidArtifact(_TRUNCATED) from None
 
 
-def _refuse_pickles(members: Mapping[str, bytes]) -> None:
-    """Raise InvalidArtifact if torch would unpickle any of a pt2 archive. TorchScript's own pickles run nothing."""
-    examples = [name for name, content in members.items() if name.startswith("data/sample_inputs/") and content]
-    configs = [name for name, content in members.items() if name.endswith(".json") and _USE_PICKLE.search(content)]
-    if examples or configs:
-        raise InvalidArtifact(f"{(examples + configs)[0]} in the file has a pickle, which is never loaded")
+def _harmless(members: Mapping[str, bytes]) -> Iterator[bytes]:
+    """Yield what `_members` does. Raises InvalidArtifact for what torch would unpickle, evaluate or run as it loads it.
+
+    TorchScript's own pickles make tensors and modules only; torch reads them with a reader of its own.
+    """
+    allowed = _PT2_MEMBER if "archive_format" in members else _TORCHSCRIPT_MEMBER
+    for name, content in members.items():
+        if not allowed.fullmatch(name) or (name.startswith("data/sample_inputs/") and content):
+            raise InvalidArtifact(f"{name!r} in the file may be a program or a pickle, which is never loaded")
+        try:
+            if name == "models/model.json":
+                _check_program("", json.loads(content))
+            elif name.endswith(".json"):
+                _check_payloads(name, json.loads(content)["config"].values())
+        except InvalidArtifact:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidArtifact(f"{name!r} in the file cannot be read: {error!r}") from None
+    yield from _members(members)
+
+
+def _check_payloads(name: str, entries: Iterable[Any]) -> None:
+    for entry in entries:
+        if entry["use_pickle"] is not False or not _PAYLOAD.fullmatch(entry["path_name"]):
+            raise InvalidArtifact(f"{name!r} in the file has a pickle, which is never loaded")
+
+
+def _check_program(name: str, value: Any) -> None:
+    """Raise InvalidArtifact unless every text at or below a value in a pt2 program is such as our own files have."""
+    if isinstance(value, str):
+        if not re.fullmatch(_PROGRAM_TEXT.get(name, r"[\w.+]*"), value, re.ASCII):
+            raise InvalidArtifact(f"{name!r} in the file's program could run something: {value[:80]!r}")
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            _check_program("", key)
+            _check_program(key, below)
+    elif isinstance(value, list):
+        for below in value:
+            _check_program(name, below)
 
 
 def _safetensors_parts(data: bytes) -> _Parts:
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
         raise InvalidArtifact("the file is truncated")
+    if start > _MAX_HEADER_BYTES:
+        raise InvalidArtifact(f"{_FOREIGN}: its header has {start - 8} bytes, at most {_MAX_HEADER_BYTES} are read")
     tensors, end = {}, 0
     try:
         header = json.loads(data[8:start])
@@ -227,19 +306,21 @@ def _safetensors_parts(data: bytes) -> _Parts:
             if entry["dtype"] != "F32" or entry["data_offsets"][0] != begin or end < begin:
                 raise InvalidArtifact(f"{_FOREIGN}: its tensors are of another type or order")
             tensors[name] = Fp32(tuple(entry["shape"]), data[start + begin : start + end])
+        content = list(_tensors(tensors))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InvalidArtifact):
             raise
         raise InvalidArtifact(f"the file is damaged, or no artifact of this project: {error!r}") from None
     if start + end != len(data):
         raise InvalidArtifact("the file is truncated, or there is more behind its tensors")
-    return _Parts(_tensors(tensors), description)
+    return _Parts(content, description)
 
 
 def _onnx_parts(data: bytes) -> _Parts:
-    fields = list(_fields(data, 0, len(data)))
-    if fields and fields[-1].number == _METADATA_PROPS:
-        last = fields[-1]
+    last = None
+    for last in _fields(data, 0, len(data)):  # noqa: B007 - the last one is asked for
+        pass
+    if last is not None and last.number == _METADATA_PROPS:
         entry = {field.number: data[field.start : field.end] for field in _fields(data, last.start, last.end)}
         if entry.get(1) == DESCRIPTION.encode():
             return _Parts([data[: last.begin]], entry.get(2, b""))
@@ -256,7 +337,10 @@ class _Field(NamedTuple):
 
 
 def _fields(data: bytes, position: int, end: int) -> Iterator[_Field]:
-    while position < end:
+    """Yield the fields with a length of a message. Raises InvalidArtifact, too if there are more than ours have."""
+    for _ in range(_MAX_PARTS):
+        if position >= end:
+            return
         begin = position
         tag, position = _varint(data, position, end)
         match tag & 7:
@@ -270,6 +354,8 @@ def _fields(data: bytes, position: int, end: int) -> Iterator[_Field]:
                 yield _Field(tag >> 3, begin, start, position)
             case _:
                 raise InvalidArtifact(_FOREIGN)
+    if position < end:
+        raise InvalidArtifact(f"{_FOREIGN}: it has more than {_MAX_PARTS} fields")
 
 
 def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def load_graph(source: Path | bytes, device: torch.device | str = "cpu") -> Call
 
     Raises InvalidArtifact, also for what torch does not load; OSError.
     """
-    data = source if isinstance(source, bytes) else source.read_bytes()
+    data = artifact.content_of(source)
     description = artifact.read_description(data)
     match description.get("format"):
         case ExportFormat.TORCHSCRIPT:
@@ -76,14 +76,24 @@ def load_graph(source: Path | bytes, device: torch.device | str = "cpu") -> Call
 
 
 def write_artifact(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, settled on the disk, then renamed."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    """Write a file whole or not at all: under a temporary name beside it, settled on the disk, then renamed.
+
+    A link keeps pointing where it points; a device or a pipe is written to directly. Raises OSError, naming a file.
+    """
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
         with partial.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        partial.replace(path)
+        partial.replace(target)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

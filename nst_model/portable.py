@@ -188,6 +188,8 @@ class Ladder(nn.Module):
 
     def climb(self, image: Tensor) -> list[Step]:
         """Return the steps from pictures (N, 3, H, W) to the deepest layer."""
+        if image.dim() != 4 or image.shape[1] != 3:
+            raise ValueError("image must have the shape (N, 3, H, W)")
         x = image - self.mean
         if self.replicate:
             x = replicated(x)
@@ -275,10 +277,17 @@ class Comparison(nn.Module):
 
     def differences(self, features: dict[str, Tensor], content: dict[str, Tensor]) -> list[Tensor]:
         """Return features less the content's, (N, C, h, w) for each content layer."""
-        return [features[layer] - content[layer] for layer in self.content_layers]
+        # Stacked, since a difference alone would spread one row, one channel or one picture over all; in ONNX nothing
+        # else says that two shapes must be the same.
+        pairs = [torch.stack((features[layer], content[layer])) for layer in self.content_layers]
+        return [pair[0] - pair[1] for pair in pairs]
 
     def errors(self, features: dict[str, Tensor], style: dict[str, Tensor]) -> list[Tensor]:
         """Return the features' Gram matrices less the style's, (N, C, C) for each style layer."""
+        for layer in self.style_layers:
+            channels = features[layer].shape[1]
+            if list(style[layer].shape) != [channels, channels]:
+                raise ValueError("style." + layer + " must have as many rows and columns as the layer has channels")
         return [moments(features[layer])[1] - style[layer] for layer in self.style_layers]
 
     def losses(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from nst_model.errors import InvalidOption
 from nst_model.options import MOMENTS, StyleLoss, StylizeOptions, relative
 from nst_model.scales import scales
-from nst_model.style_card import StyleCard, StyleSource
+from nst_model.style_card import StyleCard, StyleSource, is_line
 from nst_model.style_file import StyleFile
 from nst_model.stylization import FeatureModel, Style, TargetsOf, mixed
 
@@ -38,8 +38,13 @@ def prepare_style(
     edges_px = sorted({max(style.picture.shape[1:]) for style in styles})
     if len(edges_px) != 1:
         raise InvalidOption("styles", f"must have one longer edge, not {', '.join(map(str, edges_px)) or 'none'} px")
+    if not is_line(display_name):
+        raise InvalidOption("display_name", f"must be one line of text, not {display_name!r}")
     if not any(style.weight > 0 for style in styles):
         raise InvalidOption("styles", "must have at least one weight above 0")
+    for number, style in enumerate(styles):
+        if not 0 <= style.weight < math.inf:
+            raise InvalidOption(f"styles[{number}].weight", f"must be finite and at least 0, not {style.weight}")
     options.check_layers(model.weights.architecture.layers)
     if options.style_loss not in MOMENTS:
         options = dataclasses.replace(options, style_loss=StyleLoss.GRAM)

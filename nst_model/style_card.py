@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nst_model.artifact import FORMAT_VERSION, producer
 from nst_model.errors import InvalidArtifact, InvalidOption
-from nst_model.models import model_card
+from nst_model.models import CARDS, model_card
 from nst_model.options import MARGIN_PX, MOMENTS, Color, Init, Padding, Pooling, Precision, StylizeOptions, relative
+from nst_model.scales import MIN_EDGE_PX
 
 STYLE_SUFFIX = ".style.safetensors"
+
+MAX_SIZES = 32
+"""Of a style file; coarse-to-fine from 16 to 4096 px there are 17."""
+
+
+def is_line(text: str) -> bool:
+    """Return whether a text has no control characters, line breaks or halves of characters."""
+    return not any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in text)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class StyleCard:
         if description.get("kind") != "style":
             raise InvalidArtifact(f"the file is no style but a {description.get('kind')}")
         try:
-            return cls(
+            card = cls(
                 display_name=str(description["display_name"]),
                 model=str(description["model"]),
                 weights_sha256=str(description["weights_sha256"]),
@@ -88,8 +101,35 @@ class StyleCard:
                 layers=tuple(str(layer) for layer in description["layers"]),
                 images=tuple(StyleSource(str(i["sha256"]), float(i["share"])) for i in description["images"]),
             )
-        except (KeyError, ValueError, TypeError) as error:
+            card._check_values()
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise InvalidArtifact(f"the style file's description lacks or has wrong: {error}") from None
+        return card
+
+    def _check_values(self) -> None:
+        """Raise ValueError unless everything in the card is such as a style file can have."""
+        sizes_px, named = self.sizes_px, (self.weights_sha256, *(image.sha256 for image in self.images))
+        shares = [image.share for image in self.images]
+        # Of another model's layers nothing is known; no run takes the file.
+        layers = CARDS[self.model].architecture.layers if self.model in CARDS else self.layers
+        for right, what in (
+            (0 < len(sizes_px) <= MAX_SIZES, f"sizes_px must be 1 to {MAX_SIZES}, not {len(sizes_px)}"),
+            (sizes_px[:1] >= (MIN_EDGE_PX,), f"sizes_px must be at least {MIN_EDGE_PX}, not {sizes_px[:1]}"),
+            (all(a < b for a, b in itertools.pairwise(sizes_px)), "sizes_px must ascend"),
+            (self.layers, "layers must name one at least"),
+            (
+                self.layers == tuple(layer for layer in layers if layer in self.layers),
+                f"layers must be {self.model}'s, each once, from the image upwards, not {', '.join(self.layers)}",
+            ),
+            (all(re.fullmatch("[0-9a-f]{64}", text) for text in named), "sha256 must have 64 hexadecimal digits"),
+            (
+                all(0 <= share <= 1 for share in shares) and abs(math.fsum(shares) - 1) < 1e-6,
+                f"shares must be 0 to 1 and sum to 1, not {', '.join(map(str, shares))}",
+            ),
+            (is_line(self.display_name), f"display_name must be one line of text, not {self.display_name!r}"),
+        ):
+            if not right:
+                raise ValueError(what)
 
     def check(
         self, options: StylizeOptions, *, model: str, weights_sha256: str | None, sizes_px: Iterable[int]

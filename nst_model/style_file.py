@@ -35,7 +35,11 @@ class StyleFile:
     moments: Mapping[int, Mapping[str, Targets]]
 
     def to_bytes(self) -> bytes:
-        """Return the file that `from_bytes` reads; always the same for the same style."""
+        """Return the file that `from_bytes` reads; always the same for the same style.
+
+        Raises InvalidArtifact if something in the card cannot be in a file.
+        """
+        StyleCard.of(self.card.description())
         tensors = {}
         for size_px, layers in self.moments.items():
             for layer, targets in layers.items():

@@ -100,11 +100,13 @@ class KeptStyle:
         sizes_px = [self.scaled(edge / edges[-1]).size_px for edge in edges]
         weights = model.weights
         self.file.card.check(options, model=weights.name, weights_sha256=weights.sha256, sizes_px=sizes_px)
-        for layer, kept in self.file.moments[self.size_px].items():
-            channels = len(weights.convolutions[layer][1])
-            if len(kept["mean"]) != channels:
-                there = len(kept["mean"])
-                raise InvalidOption(f"style_layers[{layer}]", f"has {channels} channels, and {there} in the style file")
+        for layers in self.file.moments.values():
+            for layer, kept in layers.items():
+                channels, there = len(weights.convolutions[layer][1]), len(kept["mean"])
+                if there != channels:
+                    raise InvalidOption(
+                        f"style_layers[{layer}]", f"has {channels} channels, and {there} in the style file"
+                    )
 
     def targets(self, options: StylizeOptions) -> LayerTargets:
         """Return what is kept of the style at each style layer."""

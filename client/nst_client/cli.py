@@ -29,7 +29,16 @@ from nst.v1 import model_service_pb2
 from nst_client.animation import pillow_format
 from nst_client.channel import DEFAULT_ADDRESS
 from nst_client.client import Client
-from nst_client.display import Display, JsonLines, duration_text, numbers_text, progress_display, size_text, state_text
+from nst_client.display import (
+    Display,
+    JsonLines,
+    duration_text,
+    numbers_text,
+    printable,
+    progress_display,
+    size_text,
+    state_text,
+)
 from nst_client.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -486,7 +495,7 @@ def show_style(
         style = client.get_style(name)
     if json:
         return _print_json([style])
-    return print("\n".join(filter(None, _style_lines(style))))
+    return print("\n".join(map(printable, filter(None, _style_lines(style)))))
 
 
 @styles_app.command("delete", no_args_is_help=True)
@@ -559,6 +568,8 @@ def export(
 
     --format may be left out where OUT ends in .pt, .onnx or .pt2. `nst inspect` says what a file contains.
     """
+    if not model.removeprefix("models/"):
+        raise typer.BadParameter("must not be empty; `nst models` lists the names", param_hint="MODEL")
     target, display = FileTarget.checked(out), _display(quiet=quiet, json=False)
     wanted = flag_values(EXPORT, options)
     wanted["format"] = _format(out, wanted.get("format"))
@@ -836,7 +847,7 @@ def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None
         width = max((len(row[0]) for row in listed), default=0) if index == 0 else None
         table.add_column(heading, min_width=width)
     for row in listed:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     # In a pipe there is no width to fit, and broken lines would be harder to read for programs.
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 

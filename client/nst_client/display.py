@@ -26,6 +26,13 @@ NARROWEST_BAR = 8
 """Characters of the live bar that remain in a narrow terminal."""
 
 
+def printable(text: str) -> str:
+    """Return a text with all that a terminal would not show as a character written as an escape."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 class Display:
     """Shows nothing; the base of those that do."""
 

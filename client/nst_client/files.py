@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from nst_client.errors import InvalidArgumentError
 
@@ -29,19 +30,30 @@ def read_file(
         raise kind(f"{field}: cannot read {str(file)!r}: {error.strerror}", field=field) from error
 
 
+def write_all(stream: BinaryIO, data: bytes) -> None:
+    """Write and flush all of `data`, even to a stream that takes a part at a time, unbuffered. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+    stream.flush()
+
+
 def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file in one step and return its path: whoever looks sees the old file or the new one, never a half.
 
-    A link keeps pointing where it points; a device or pipe is written to directly. Raises OSError.
+    A link keeps pointing where it points; a device or pipe is written to directly. Raises OSError, naming a file.
     """
     target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        target.write_bytes(data)
-        return Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return Path(path)
         temporary.write_bytes(data)
         temporary.replace(target)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk does not say which file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return Path(path)

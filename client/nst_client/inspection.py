@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nst_client.display import size_text
+from nst_client.display import printable, size_text
 from nst_client.errors import InvalidArgumentError
 
 Description = Mapping[str, Any]
@@ -34,13 +34,14 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 def description_lines(path: Path, described: Description) -> list[str]:
     """Return what people want to know of a file, line by line. Raises InvalidArgumentError if it lacks something."""
     try:
-        return [
+        lines = [
             f"{path}: {size_text(path.stat().st_size)}, whole and unaltered",
             *(_graph_lines(described) if described["kind"] == "graph" else _style_lines(described)),
             f"made by {described['producer']} {described['producer_version']}",
         ]
     except (LookupError, TypeError, ValueError) as error:  # whoever wrote it, it was not this project
         raise InvalidArgumentError(f"{str(path)!r}: its description lacks, or has wrong: {error}") from error
+    return [printable(line) for line in lines]
 
 
 def _graph_lines(described: Description) -> Iterator[str]:

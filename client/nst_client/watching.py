@@ -21,7 +21,7 @@ from nst_client.client import Client, Stylization
 from nst_client.display import Display, duration_text
 from nst_client.errors import InvalidArgumentError, JobEndedError, NstError, UnavailableError
 from nst_client.events import Event, Frame, Result
-from nst_client.files import write_whole
+from nst_client.files import write_all, write_whole
 from nst_client.images import ImageFormat, Picture, format_of_path
 from nst_client.resources import ExportedFile, Job, JobResult
 from nst_client.stream import RECENT_JOBS
@@ -184,8 +184,7 @@ class Target:
     def write(self, picture: Picture) -> None:
         """Write the picture."""
         if self.path is None:
-            sys.stdout.buffer.write(picture.data)
-            sys.stdout.buffer.flush()
+            write_all(sys.stdout.buffer, picture.data)
         elif self.format is None or self.format is picture.format:
             write_whole(self.path, picture.data)
         else:
@@ -212,8 +211,7 @@ class FileTarget:
     def write(self, file: ExportedFile) -> str:
         """Write the file and return where it is."""
         if self.path is None:
-            sys.stdout.buffer.write(file.data)
-            sys.stdout.buffer.flush()
+            write_all(sys.stdout.buffer, file.data)
             return "stdout"
         return str(file.save(self.path))
 

@@ -38,7 +38,7 @@ from nst_model.export_spec import ExportSpec
 from nst_model.memory import largest_size_px, least_memory, peak_bytes
 from nst_model.options import bounds_of, plain, relative, steered
 from nst_model.scales import scaled_edge, scales
-from nst_model.style_card import STYLE_SUFFIX
+from nst_model.style_card import STYLE_SUFFIX, is_line
 from nst_server import images, style_files
 from nst_server.errors import InvalidField, JobEnded, ModelNotFetched, Moved, NotFound, RequestError
 from nst_server.exports import ExportedFile, ExportOrder, Exports
@@ -777,6 +777,8 @@ def _check_serves(
 def _check_display_name(text: str, field: str) -> None:
     if len(text) > MAX_DISPLAY_NAME:
         raise InvalidField(field, f"must have at most {MAX_DISPLAY_NAME} characters, not {len(text)}")
+    if not is_line(text):
+        raise InvalidField(field, f"must be one line of text, not {text!r}")
 
 
 def _style_size_px(options: StylizeOptions) -> int:

@@ -49,16 +49,27 @@ def read_file(data: bytes, field: str) -> tuple[StyleFile, str]:
 
 
 def _check_moments(data: bytes, card: StyleCard, field: str) -> None:
-    """Raise InvalidField unless each layer has moments at each size, finite and of the right shape."""
+    """Raise InvalidField unless each layer has moments at each size, finite and of as many channels as it can have.
+
+    A model may have fewer than published, but not other ones at another size.
+    """
     try:
         tensors = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise InvalidField(field, f"is no style file that can be used: {error}") from error
+    most = {convolution.layer: convolution.channels for convolution in CARDS[card.model].architecture.convolutions}
     for size_px in card.sizes_px:
         for layer in card.layers:
             mean, gram = (tensors.get(f"{size_px}.{layer}.{name}") for name in ("mean", "gram"))
             where = f"the moments of {layer} at {size_px} px"
             if mean is None or gram is None or mean.ndim != 1 or gram.shape != 2 * mean.shape:
                 raise InvalidField(field, f"is no style file that can be used: it lacks {where}")
+            first = tensors[f"{card.sizes_px[0]}.{layer}.mean"]
+            if not 1 <= len(mean) <= most[layer] or len(mean) != len(first):
+                raise InvalidField(
+                    field,
+                    f"is no style file that can be used: {where} have {len(mean)} channels; the layer has at most"
+                    f" {most[layer]}, and at each size as many",
+                )
             if not (np.isfinite(mean).all() and np.isfinite(gram).all()):
                 raise InvalidField(field, f"is no style file that can be used: {where} are not finite")

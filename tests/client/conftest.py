@@ -8,7 +8,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -459,9 +459,13 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 class Wire:
-    """A wire between a client and a server, which can be cut."""
+    """A wire between a client and a server, which can be cut.
 
-    def __init__(self, address: str) -> None:
+    With `breaks` it breaks by itself, each time that it has carried so many bytes to the client, and can be used anew.
+    """
+
+    def __init__(self, address: str, breaks: Sequence[int] = ()) -> None:
+        self._carried, self._breaks = 0, list(breaks)
         host, _, port = address.rpartition(":")
         self._target = (host, int(port))
         self._listener = socket.create_server(("localhost", 0))
@@ -488,13 +492,18 @@ class Wire:
                 far = socket.create_connection(self._target)
                 self._sockets += [near, far]
                 for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+                    threading.Thread(target=self._carry, args=(source, sink, sink is near), daemon=True).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+    def _carry(self, source: socket.socket, sink: socket.socket, to_client: bool) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 if source not in self._frozen:
                     sink.sendall(data)
+                self._carried += len(data) * to_client
+                if self._breaks and self._carried >= self._breaks[0]:
+                    del self._breaks[0]
+                    for end in (source, sink):
+                        end.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture

@@ -53,9 +53,9 @@ def nst(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return run
 
 
-def spawned(*arguments: object, address: str, **options: Any) -> subprocess.Popen[bytes]:
+def spawned(*arguments: object, address: str, unbuffered: bool = False, **options: Any) -> subprocess.Popen[bytes]:
     """Return a running command line, in a process of its own."""
-    environment = {**os.environ, "NST_SERVER": address}
+    environment = {**os.environ, "NST_SERVER": address} | ({"PYTHONUNBUFFERED": "1"} if unbuffered else {})
     return subprocess.Popen(
         [*NST, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options
     )
@@ -403,7 +403,7 @@ def test_disk_that_is_full(nst: Any, serve: Any, story: Any, photo: Path, wave: 
     """A picture that cannot be written is a sentence and exit code 1."""
     server = serve(story.whole())
     done = nst("stylize", photo, wave, "-o", "/dev/full", "--output-format", "png", "-q", address=server.address)
-    assert (done.exit_code, done.stderr) == (1, "nst: No space left on device\n")
+    assert (done.exit_code, done.stderr) == (1, "nst: No space left on device: '/dev/full'\n")
 
 
 # Help

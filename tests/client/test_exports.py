@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from nst_client import (
     InvalidArgumentError,
     UnavailableError,
 )
+from nst_model.artifact import sealed_safetensors
 from tests.client.test_cli import ended, nst, spawned
 
 CODE = grpc.StatusCode
@@ -46,10 +48,11 @@ __all__ = ["nst"]  # a fixture
 
 
 class Maker(model_service_pb2_grpc.ModelServiceServicer):
-    """Makes one file, in parts of 100 bytes; its calls fail as they are told to."""
+    """Makes one file, in parts; its calls fail as they are told to."""
 
-    def __init__(self, data: bytes = DATA) -> None:
+    def __init__(self, data: bytes = DATA, part: int = PART) -> None:
         self.data = data
+        self.part = part
         self.requests: list[Any] = []
         self.left = threading.Event()
         """Set when a client leaves a stream."""
@@ -76,13 +79,13 @@ class Maker(model_service_pb2_grpc.ModelServiceServicer):
         while offset < len(self.data) or not begun:
             if breaks_at is not None and offset >= breaks_at:
                 context.abort(CODE.UNAVAILABLE, "Socket closed")
-            data, begun = self.data[offset : offset + PART], True
+            data, begun = self.data[offset : offset + self.part], True
             part = file_pb2.FilePart(
                 offset=offset, data=data, total_bytes=len(self.data), sha256=sha256, file_name=NAME
             )
             if (part := self.sent(part)) is not None:
                 yield part
-            offset += PART
+            offset += self.part
         if breaks_at is not None:
             context.abort(CODE.UNAVAILABLE, "Socket closed")
 
@@ -378,6 +381,7 @@ def test_export_takes_every_flag(nst: Any, serve: Any, tmp_path: Path) -> None:
     [
         (["-o", "x.onnx", "--format", "pt2"], "'x.onnx' does not name a file of format pt2"),
         (["-o", "none/x.onnx"], "there is no directory 'none'"),
+        ([], "must not be empty"),
         (["--graph", "clojure"], "'clojure' is not one of 'features', 'grams', 'objective', 'closure'"),
     ],
 )
@@ -387,9 +391,38 @@ def test_export_checks_before_it_asks(
     """What cannot work is exit code 2, and the server makes nothing."""
     monkeypatch.chdir(tmp_path)
     maker = Maker()
-    done = nst("export", "tiny", *arguments, address=serve(maker).address)
+    done = nst("export", "tiny" if arguments else "", *arguments, address=serve(maker).address)
     assert (done.exit_code, maker.requests) == (2, [])
     assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_export_to_a_full_disk(nst: Any, serve: Any, tmp_path: Path) -> None:
+    """The message names the file; the old one stays, and nothing is left beside it."""
+    file = tmp_path / "x.onnx"
+    file.write_bytes(b"old")
+    address = serve(Maker()).address
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(DATA) // 2, limits[1]))
+    try:
+        done = nst("export", "tiny", "-o", file, address=address)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == f"nst: File too large: '{file}'"
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_export_to_a_reader_that_leaves(serve: Any) -> None:
+    """A file that was not read to its end is no success, even where Python does not buffer stdout."""
+    address = serve(Maker(bytes(200_000), part=50_000)).address
+    process = spawned("export", "tiny", "-o", "-", address=address, unbuffered=True)
+    assert process.stdout is not None
+    assert process.stdout.read(10) == bytes(10)
+    process.stdout.close()
+    assert process.wait(20) == 1
+    assert process.stderr is not None
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -524,6 +557,22 @@ def test_inspect_says_what_a_style_is(nst: Any, artifacts: dict[str, Path]) -> N
     assert f"image      share 1, sha256 {'ab' * 32}" in lines
 
 
+def test_terminals_are_told_nothing_by_a_file(nst: Any, serve: Any, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """Control characters in names are shown as escapes, of files and of styles on a server."""
+    described = nst_model.read_description(artifacts["style"])
+    evil = "\x1b]0;owned\x07\x9b31m\u202e"
+    file = tmp_path / "a.style.safetensors"
+    file.write_bytes(sealed_safetensors({}, {**described, "display_name": evil, "layers": [evil]}))
+    shelf = Shelf()
+    shelf.style.display_name = evil
+    address = serve(shelf).address
+    for arguments in (("inspect", file), ("styles", "show", "sea"), ("styles", "list")):
+        done = nst(*arguments, address=address)
+        assert done.exit_code == 0, done.stderr
+        assert all(line.isprintable() for line in done.stdout.splitlines()), done.stdout
+        assert r"\x1b]0;owned\x07\x9b31m\u202e" in done.stdout
+
+
 def test_inspect_for_programs(nst: Any, artifacts: dict[str, Path]) -> None:
     """`--json` prints the description as it stands in the file, on one line."""
     for file in artifacts.values():
@@ -540,6 +589,10 @@ def test_inspect_refuses_what_is_not_as_it_was_written(nst: Any, artifacts: dict
         "altered": artifacts["style"].read_bytes().replace(b"The [sea]", b"The [see]"),
         "pickle": pickle.dumps({"weights": 1}),
         "no artifact": b"hello",
+        "surrogates": b"\x60"
+        + bytes(7)
+        + b'{"__metadata__":{"nst.json":"{}"},"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'.ljust(96),
+        "neither graph nor style": sealed_safetensors({}, {"format_version": 1, "kind": ["graph"]}),
     }
     for what, data in bad.items():
         (tmp_path / "file").write_bytes(data)
@@ -548,6 +601,8 @@ def test_inspect_refuses_what_is_not_as_it_was_written(nst: Any, artifacts: dict
         [line] = done.stderr.splitlines()
         assert line.startswith(f"nst: '{tmp_path / 'file'}': ")
         assert what in line
+    done = nst("inspect", "/dev/zero")
+    assert (done.exit_code, "more than" in done.stderr) == (2, True)
     for path in (tmp_path, tmp_path / "none"):
         done = nst("inspect", path)
         assert done.exit_code == 2

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext as nothing
@@ -17,7 +20,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from nst_model import ExportFormat, ExportSpec, InvalidArtifact, StyleFile, StylizeOptions, export, read_description
+from nst_model import (
+    ExportFormat,
+    ExportSpec,
+    InvalidArtifact,
+    StyleFile,
+    StylizeOptions,
+    export,
+    load_graph,
+    read_description,
+)
 from nst_model.artifact import FORMAT_VERSION, sealed_archive, sealed_onnx, sealed_safetensors
 from nst_model.preparation import prepare_style
 from nst_model.stylization import FeatureModel, Style
@@ -102,17 +114,14 @@ def test_files_with_something_behind_them_are_refused(files: Mapping[str, bytes]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_altered_files_are_refused(files: Mapping[str, bytes], kind: str) -> None:
-    """One bit of the content or of the description, anywhere. An archive's paddings and dates are neither."""
+    """One bit of the content, of the description, or of what is between them, anywhere."""
     data = bytearray(files[kind])
-    places = range(3, len(data), len(data) // 150)
+    places = {*range(3, len(data), len(data) // 150)}
     if kind in ("torchscript", "pt2"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            starts = [
-                (entry.header_offset + 30 + len(entry.filename) + len(entry.extra), entry.file_size)
-                for entry in archive.infolist()
-                if entry.file_size
-            ]
-        places = [start + offset for start, size in starts for offset in {0, size // 2, size - 1}]  # type: ignore[assignment]
+            for entry in archive.infolist():
+                places |= {*range(entry.header_offset, entry.header_offset + 64)}
+            places |= {*range(archive.start_dir, archive.start_dir + 100), *range(len(data) - 60, len(data))}
     for place in places:
         data[place] ^= 4
         with pytest.raises(InvalidArtifact):
@@ -124,9 +133,16 @@ def test_altered_files_are_refused(files: Mapping[str, bytes], kind: str) -> Non
 def test_another_version_is_named(files: Mapping[str, bytes]) -> None:
     """Even if nothing else of it could be read."""
     newer = {**read_description(files["onnx"]), "format_version": FORMAT_VERSION + 1}
-    for data in (sealed_archive({"data": b"x"}, newer), sealed_onnx(b"", newer), sealed_safetensors({}, newer)):
+    for data in (sealed_archive({"new": b"x"}, newer), sealed_onnx(b"", newer), sealed_safetensors({}, newer)):
         with pytest.raises(InvalidArtifact, match=r"format version 2; this program reads version 1"):
             read_description(data)
+
+
+@pytest.mark.parametrize("kind", ["banana", ["graph"], None])
+def test_other_kinds_are_refused(kind: object) -> None:
+    """Neither a graph nor a style, whatever else is said."""
+    with pytest.raises(InvalidArtifact, match="neither graph nor style but"):
+        read_description(sealed_onnx(b"", {"format_version": FORMAT_VERSION, "kind": kind}))
 
 
 class Trap:
@@ -139,28 +155,31 @@ class Trap:
         return Path.touch, (self.trace,)
 
 
-def test_pickles_in_disguise_are_refused_and_not_run(files: Mapping[str, bytes], tmp_path: Path) -> None:
-    """A bare one, one as PyTorch writes it, and one among the members of a pt2 archive that is otherwise ours."""
-    trace = tmp_path / "it ran"
-    described = read_description(files["pt2"])
+Members = dict[str, bytes]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """What is there after a `Trap` was run."""
+    return tmp_path / "it ran"
+
+
+@pytest.fixture
+def ours(files: Mapping[str, bytes]) -> Members:
+    """What there is in a pt2 file of ours but for the description."""
     with zipfile.ZipFile(io.BytesIO(files["pt2"])) as archive:
-        ours = {name.removeprefix("archive/"): archive.read(name) for name in archive.namelist()}
-    del ours["extra/nst.json"]
+        found = {name.removeprefix("archive/"): archive.read(name) for name in archive.namelist()}
+    del found["extra/nst.json"]
+    return found
+
+
+def test_pickles_in_disguise_are_refused_and_not_run(trace: Path, tmp_path: Path) -> None:
+    """A bare one, and one as PyTorch writes it, whatever the file is called."""
     saved = io.BytesIO()
     torch.save(Trap(trace), saved)
-    weights = {
-        "data/weights/model_weights_config.json": ours["data/weights/model_weights_config.json"].replace(
-            b"false", b"true"
-        )
-    }
     for data, message in (
         (pickle.dumps(Trap(trace)), "is a pickle, which could run any program and is never loaded"),
         (saved.getvalue(), "no artifact of this project"),
-        (
-            sealed_archive(ours | {"data/sample_inputs/model.pt": saved.getvalue()}, described),
-            "pt in the file has a pickle",
-        ),
-        (sealed_archive(ours | weights, described), "_weights_config.json in the file has a pickle"),
     ):
         for name in ("model.pt", "model.onnx", "a.style.safetensors"):
             (tmp_path / name).write_bytes(data)
@@ -171,19 +190,140 @@ def test_pickles_in_disguise_are_refused_and_not_run(files: Mapping[str, bytes],
     assert not trace.exists()
 
 
+WEIGHTS, CONSTANTS = (f"data/{kind}/model_{kind}_config.json" for kind in ("weights", "constants"))
+
+
+def pickled_weight(spelling: str) -> Callable[[Members, Trap], Members]:
+    """Return what makes torch unpickle a weight of an archive, with `use_pickle` spelled so."""
+
+    def alter(ours: Members, trap: Trap) -> Members:
+        saved = io.BytesIO()
+        torch.save(trap, saved)
+        config = ours[WEIGHTS].replace(b'"use_pickle": false', spelling.encode(), 1)
+        [path, *_] = (entry["path_name"] for entry in json.loads(config)["config"].values())
+        return {WEIGHTS: config, f"data/weights/{path}": saved.getvalue()}
+
+    return alter
+
+
+def pickled_constant(prefix: str) -> Callable[[Members, Trap], Members]:
+    """Return what adds a constant that torch unpickles for the name of its file alone."""
+
+    def alter(ours: Members, trap: Trap) -> Members:
+        [entry, *_] = json.loads(ours[WEIGHTS])["config"].values()
+        entry["path_name"] = f"{prefix}0"
+        return {
+            CONSTANTS: json.dumps({"config": {"x": entry}}).encode(),
+            f"data/constants/{prefix}0": pickle.dumps(trap, 2),
+        }
+
+    return alter
+
+
+def in_program(before: str, after: str) -> Callable[[Members, Trap], Members]:
+    """Return what replaces something in a program; TRAP in `after` is a Python expression that leaves the trace."""
+
+    def alter(ours: Members, trap: Trap) -> Members:
+        evil = f"__import__('pathlib').Path('{trap.trace}').touch()"
+        program = re.sub(before, lambda _: after.replace("TRAP", evil), ours["models/model.json"].decode(), count=1)
+        assert program != ours["models/model.json"].decode()
+        return {"models/model.json": program.encode()}
+
+    return alter
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what is wrong with them
+@pytest.mark.parametrize(
+    "alter",
+    [
+        pytest.param(pickled_weight('"use_pickle": true'), id="pickled weight"),
+        pytest.param(pickled_weight('"use_pickle" : true'), id="with a space"),
+        pytest.param(pickled_weight(r'"use_pickl\u0065": true'), id="with an escape"),
+        pytest.param(pickled_weight('"use_pickle": 1'), id="with a 1"),
+        pytest.param(pickled_constant("opaque_obj_"), id="opaque object"),
+        pytest.param(pickled_constant("custom_obj_"), id="custom object"),
+        pytest.param(in_program('"expr_str": "[^"]*"', '"expr_str": "TRAP"'), id="expression that sympy evaluates"),
+        pytest.param(
+            in_program(r'"guards_code": \[\]', '"guards_code": ["TRAP is None"]'), id="guard that Python compiles"
+        ),
+        pytest.param(
+            in_program(r"torch\.ops\.aten\.relu_\.default", "torch.ops.aten.from_file.default"), id="another operator"
+        ),
+        pytest.param(
+            in_program('"in_spec": "', '"in_spec": "' + r"null\"" * 60 + "x"),
+            id="text that could be matched in many ways",
+        ),
+        pytest.param(lambda *_: {"data/aotinductor/model/a.so": b"\x7fELF"}, id="native code"),
+        pytest.param(lambda ours, _: {"data/sample_inputs/model.pt": ours[WEIGHTS]}, id="example inputs"),
+        pytest.param(lambda *_: {"models/model.json": b"[" * 100_000}, id="too deep to be read"),
+        pytest.param(lambda *_: {CONSTANTS: b'{"config": [1]}'}, id="not as torch writes it"),
+    ],
+)
+def test_programs_in_a_pt2_file_are_refused_and_not_run(
+    files: Mapping[str, bytes], ours: Members, trace: Path, alter: Callable[[Members, Trap], Members]
+) -> None:
+    """Whatever torch would unpickle, evaluate or compile while it loads an archive that is otherwise ours."""
+    data = sealed_archive(ours | alter(ours, Trap(trace)), read_description(files["pt2"]))
+    for read in (read_description, load_graph):
+        with pytest.raises(InvalidArtifact, match=r"could run something|never loaded|cannot be read"):
+            read(data)
+    assert not trace.exists()
+
+
 def test_archives_that_two_readers_read_otherwise_are_refused(files: Mapping[str, bytes]) -> None:
-    """A member twice, a compressed one, one outside of the archive's folder."""
+    """A member twice, a compressed one, one outside of the archive's folder, one that no model has."""
     described = read_description(files["torchscript"])
-    for name, compression, message in (
-        ("archive/data", zipfile.ZIP_STORED, "archive/data' in it is compressed, twice"),
-        ("archive/bomb", zipfile.ZIP_DEFLATED, "archive/bomb' in it is compressed"),
-        ("../../etc/passwd", zipfile.ZIP_STORED, "passwd' in it is .* or not in archive/"),
+    for name, compression in (
+        ("archive/version", zipfile.ZIP_STORED),
+        ("archive/code/bomb.py", zipfile.ZIP_DEFLATED),
+        ("../../etc/passwd", zipfile.ZIP_STORED),
     ):
-        buffer = io.BytesIO(sealed_archive({"data": b"x" * 1000}, described))
-        with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning) if "data" in name else nothing():
+        buffer = io.BytesIO(sealed_archive({"version": b"x" * 1000}, described))
+        with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning) if "version" in name else nothing():
             archive.writestr(name, b"x" * 1000, compression)
-        with pytest.raises(InvalidArtifact, match=message):
+        with pytest.raises(InvalidArtifact, match="has more in it than its members"):
             read_description(buffer.getvalue())
+    with pytest.raises(InvalidArtifact, match=r"'serialized_exported_program\.json' in the file may be a program"):
+        read_description(sealed_archive({"serialized_exported_program.json": b"{}"}, described))
+
+
+def archive_of_many() -> bytes:
+    """Return an archive of more members than any model has."""
+    return sealed_archive({f"code/{number}.py": b"" for number in range(20_000)}, {"format_version": FORMAT_VERSION})
+
+
+def header_of(size: int) -> bytes:
+    """Return a style file with a header of that many bytes."""
+    text = b"[" + b"[]," * (size // 3) + b"[]]"
+    return struct.pack("<Q", len(text) + 4) + b'{"":' + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\x0a\x00" * (1 << 21), b"\x08\x00" * (1 << 21), archive_of_many(), header_of(1 << 23)],
+    ids=["fields", "numbers", "members", "header"],
+)
+def test_bombs_are_refused_at_once(data: bytes) -> None:
+    """A few megabytes of empty parts take neither memory nor time."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArtifact, match=r"has more than 1000|at most 1048576 are read"):
+            read_description(data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_texts_that_cannot_be_encoded_are_refused(files: Mapping[str, bytes]) -> None:
+    """Half of a surrogate pair in a tensor's name or in a description, and numbers that JSON has not."""
+    described = read_description(files["style"])
+    header = b'{"__metadata__":{"nst.json":"{}"},"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    with pytest.raises(InvalidArtifact, match="surrogates not allowed"):
+        read_description(struct.pack("<Q", len(header)) + header)
+    for said in (b'"\\ud800"', b"NaN"):
+        data = sealed_onnx(b"", {**described, "display_name": "replaced"}).replace(b'"replaced"', said.ljust(10))
+        with pytest.raises(InvalidArtifact, match="description cannot be read"):
+            read_description(data)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -140,6 +141,7 @@ def test_pt2_is_the_engine(
         (ExportGraph.GRAMS, Pooling.AVERAGE, Padding.ZEROS),
         (ExportGraph.OBJECTIVE, Pooling.MAX, Padding.ZEROS),
         (ExportGraph.OBJECTIVE, Pooling.AVERAGE, Padding.ZEROS),
+        (ExportGraph.CLOSURE, Pooling.MAX, Padding.ZEROS),
         (ExportGraph.CLOSURE, Pooling.AVERAGE, Padding.REPLICATE),
         (ExportGraph.CLOSURE, Pooling.L2, Padding.ZEROS),
     ],
@@ -147,7 +149,7 @@ def test_pt2_is_the_engine(
 def test_onnx_is_the_engine(
     exported: Exported, plain_weights: FeatureWeights, graph: ExportGraph, pooling: Pooling, padding: Padding
 ) -> None:
-    """In onnxruntime; the closure with max pooling has the test of its own below."""
+    """In onnxruntime; the closure of a real network has a test of its own below."""
     spec = spec_of(graph, ExportFormat.ONNX, pooling=pooling, padding=padding)
     data = exported(spec)
     assert_checked(data)
@@ -257,15 +259,28 @@ def test_torch_is_enough(exported: Exported, tmp_path: Path, format: ExportForma
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_content_of_another_size_is_refused(exported: Exported, plain_weights: FeatureWeights) -> None:
-    """No runtime stretches it over the picture."""
-    spec = spec_of(ExportGraph.CLOSURE, ExportFormat.PT2, pooling=Pooling.L2)
-    for format in (ExportFormat.PT2, ExportFormat.TORCHSCRIPT):
-        graph = loaded(exported(spec_of(ExportGraph.CLOSURE, format, pooling=Pooling.L2)))
-        inputs = inputs_for(plain_weights, spec, noise(1, 32, 40))
-        inputs["content.relu2_2"] = inputs["content.relu2_2"][:, :, :-1]
-        with pytest.raises((RuntimeError, AssertionError)):
-            graph(inputs)
+@pytest.mark.parametrize("format", ExportFormat)
+def test_inputs_of_another_shape_are_refused(
+    exported: Exported, plain_weights: FeatureWeights, format: ExportFormat
+) -> None:
+    """No runtime spreads one row, pixel, channel or picture over the others."""
+    spec = spec_of(ExportGraph.CLOSURE, format, pooling=Pooling.L2)
+    graph, inputs = loaded(exported(spec)), inputs_for(plain_weights, spec, noise(1, 32, 40))
+    assert graph(inputs)
+    image, content, style = inputs["image"], inputs["content.relu2_2"], inputs["style.relu1_1"]
+    for other in (
+        *({"content.relu2_2": part} for part in (content[:, :, :-1], content[:, :, :1], content[:, :, :1, :1])),
+        {"content.relu2_2": content[:, :, :, :1]},
+        {"content.relu2_2": content[:, :1]},
+        {"content.relu2_2": content.reshape(1, 16, 8, 40)},
+        {"content.relu2_2": content.repeat(2, 1, 1, 1)},
+        {"image": image.repeat(2, 1, 1, 1)},
+        {"image": image[:, :1]},
+        *({"style.relu1_1": part} for part in (style[:1], style[:, :1], style[0])),
+    ):
+        changed = {name: tensor.contiguous() for name, tensor in other.items()}
+        with pytest.raises(Exception, match=r"shape|size|dimension|rank|Eq\(|rows and columns|Concat"):
+            graph(inputs | changed)
 
 
 @pytest.mark.parametrize("model", CARDS)
@@ -385,38 +400,80 @@ def test_layers_have_one_order() -> None:
 
 
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
-    """A file that cannot take its name leaves no other, and what was there stays."""
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
-    with pytest.raises(OSError, match="taken"):
-        write_artifact(b"whole", tmp_path / "taken")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    write_artifact(b"old", tmp_path / "file")
-    write_artifact(b"new", tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == b"new"
-    assert len(list(tmp_path.iterdir())) == 2
+    """When the disk is full, the error names the file, what was there stays, and nothing is left beside it."""
+    file = tmp_path / "file"
+    write_artifact(b"old", file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{file}'"):
+            write_artifact(bytes(100_000), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == b"old"
+    write_artifact(b"new", file)
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_links_and_pipes_are_written_to(tmp_path: Path) -> None:
+    """And not replaced by a file."""
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_artifact(b"new", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_artifact(b"through", tmp_path / "pipe")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_files_without_end_are_refused(tmp_path: Path) -> None:
+    """Instead of being read until there is no memory left."""
+    with pytest.raises(InvalidArtifact, match="more than 268435456 bytes"):
+        read_description(Path("/dev/zero"))
 
 
 def test_command_line_exports_and_inspects(tiny_weights_file: Path, tmp_path: Path) -> None:
-    """`nst-model export` and `nst-model inspect`; errors are one line."""
+    """`nst-model export` and `nst-model inspect`: to a file, a folder or stdout; errors are one line, at once."""
 
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "nst_model", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
 
     assert run("fetch", "vgg16", "--file", tiny_weights_file).returncode == 0
-    written = run("export", "vgg16", "--format", "torchscript", "--graph", "grams", "--style-layer", "relu2_1")
-    assert written.stdout.strip() == "vgg16-grams-max-zeros-fp32.pt", written.stderr
-    shown = run("inspect", written.stdout.strip())
-    assert '"style_layers": [\n    "relu2_1"\n  ]' in shown.stdout
+    grams = ("export", "vgg16", "--graph", "grams", "--style-layers", "relu2_1,relu1_1")
+    written = run(*grams, "--format", "torchscript")
+    assert written.stdout == b"vgg16-grams-max-zeros-fp32.pt\n", written.stderr
+    data = (tmp_path / "vgg16-grams-max-zeros-fp32.pt").read_bytes()
+    assert (
+        b'"style_layers": [\n    "relu1_1",\n    "relu2_1"\n  ]'
+        in run("inspect", "vgg16-grams-max-zeros-fp32.pt").stdout
+    )
+    (tmp_path / "folder").mkdir()
+    assert run(*grams, "--format", "torchscript", "-o", "folder").stdout == b"folder/vgg16-grams-max-zeros-fp32.pt\n"
+    assert (tmp_path / "folder" / "vgg16-grams-max-zeros-fp32.pt").read_bytes() == data
+    assert run(*grams, "-o", "named.pt").stdout == b"named.pt\n"
+    assert (tmp_path / "named.pt").read_bytes() == data
+    assert run(*grams, "--format", "torchscript", "-o", "-").stdout == data
+    assert not (tmp_path / "-").exists()
     for arguments, message in (
         (("export", "vgg"), "no feature model is called 'vgg'"),
-        (("export", "vgg16", "--content-layer", "relu9_1"), "content_layers[relu9_1] is no layer of vgg16"),
+        (("export", "vgg16", "--content-layers", "relu9_1"), "content_layers[relu9_1] is no layer of vgg16"),
         (("export", "vgg16", "-o", "no/where"), "output: there is no folder 'no'"),
+        (
+            ("export", "vgg16", "--format", "torchscript", "-o", "x.onnx"),
+            "format must be onnx for a file called 'x.onnx', not torchscript",
+        ),
+        (("export", "vgg16", "--format", "onnx", "-o", "x.pt"), "format must be torchscript for a file called 'x.pt'"),
         (("inspect", tiny_weights_file), "no artifact of this project"),
         (("inspect", "nowhere"), "No such file or directory: 'nowhere'"),
     ):
         failed = run(*arguments)
         assert failed.returncode == 1
-        assert message in failed.stderr
+        assert message in failed.stderr.decode()
         assert len(failed.stderr.splitlines()) == 1, failed.stderr

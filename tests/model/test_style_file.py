@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,10 +161,11 @@ def test_file_of_other_weights_is_refused(tiny_model: FeatureModel, kept: StyleF
     ):
         with pytest.raises(InvalidOption, match=message):
             Stylization(tiny_model, content, [KeptStyle(StyleFile(card, kept.moments), 64)], OPTIONS)
-    cut = {name: tensor[..., :3] for name, tensor in kept.moments[64]["relu2_1"].items()}
-    moments = {size_px: {**layers, "relu2_1": cut} for size_px, layers in kept.moments.items()}
-    with pytest.raises(InvalidOption, match=r"style_layers\[relu2_1\] has 6 channels, and 3 in the style file"):
-        Stylization(tiny_model, content, [KeptStyle(StyleFile(kept.card, moments), 64)], OPTIONS)
+    for edge in kept.card.sizes_px:
+        cut = {name: tensor[..., :3] for name, tensor in kept.moments[edge]["relu2_1"].items()}
+        moments = kept.moments | {edge: {**kept.moments[edge], "relu2_1": cut}}
+        with pytest.raises(InvalidOption, match=r"style_layers\[relu2_1\] has 6 channels, and 3 in the style file"):
+            Stylization(tiny_model, content, [KeptStyle(StyleFile(kept.card, moments), 64)], OPTIONS)
 
 
 def test_run_cannot_be_steered_away_from_its_file(tiny_model: FeatureModel, kept: StyleFile, picture: Picture) -> None:
@@ -212,6 +214,43 @@ def test_files_that_are_no_style_are_refused(kept: StyleFile) -> None:
             StyleFile.from_bytes(sealed_safetensors(tensors, description))
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"sizes_px": []}, "sizes_px must be 1 to 32, not 0"),
+        ({"sizes_px": [64] * 20_000}, "sizes_px must be 1 to 32, not 20000"),
+        ({"sizes_px": [-5, 32]}, "sizes_px must be at least 16"),
+        ({"sizes_px": [32, 32, 64]}, "sizes_px must ascend"),
+        ({"sizes_px": [64, 32]}, "sizes_px must ascend"),
+        ({"sizes_px": [float("1e400")]}, "cannot be read"),
+        ({"layers": []}, "layers must name one at least"),
+        ({"layers": ["relu1_1", "banana"]}, "layers must be vgg16's, .* not relu1_1, banana"),
+        ({"layers": ["relu1_1", "relu1_1"]}, "layers must be vgg16's, each once"),
+        ({"layers": "relu1_1"}, "layers must be vgg16's"),
+        ({"images": []}, "shares must be 0 to 1 and sum to 1"),
+        ({"images": [{"sha256": "ab" * 32, "share": -3}, {"sha256": "ab" * 32, "share": 4}]}, "shares must be 0 to 1"),
+        ({"images": [{"sha256": "ab" * 32, "share": 0.5}]}, "shares must be 0 to 1 and sum to 1, not 0.5"),
+        ({"images": [{"sha256": "../../etc/passwd", "share": 1}]}, "sha256 must have 64 hexadecimal digits"),
+        ({"weights_sha256": "no"}, "sha256 must have 64 hexadecimal digits"),
+        ({"display_name": "\x1b[31mred"}, r"display_name must be one line of text, not '\\x1b\[31mred'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_descriptions_that_no_style_can_have_are_refused(
+    kept: StyleFile, said: dict[str, object], message: str
+) -> None:
+    """Sizes, layers, shares, hashes and names that are not such as this project writes."""
+    described = read_description(kept.to_bytes())
+    with pytest.raises(InvalidArtifact, match=message):
+        StyleFile.from_bytes(sealed_safetensors({}, described | said))
+
+
+def test_nothing_is_written_that_could_not_be_read(kept: StyleFile) -> None:
+    """A card that `from_bytes` would refuse makes no file."""
+    with pytest.raises(InvalidArtifact, match="sizes_px must ascend"):
+        StyleFile(dataclasses.replace(kept.card, sizes_px=(64, 32, 45)), kept.moments).to_bytes()
+
+
 def test_pictures_that_cannot_be_prepared_are_refused(tiny_model: FeatureModel, picture: Picture) -> None:
     """None, two of different size, none that counts, layers that do not exist."""
     style = Style(picture(64, 48, 1))
@@ -219,6 +258,14 @@ def test_pictures_that_cannot_be_prepared_are_refused(tiny_model: FeatureModel, 
         ([], OPTIONS, "styles must have one longer edge, not none px"),
         ([style, Style(picture(32, 30, 1))], OPTIONS, "styles must have one longer edge, not 32, 64 px"),
         ([dataclasses.replace(style, weight=0)], OPTIONS, "styles must have at least one weight above 0"),
+        *(
+            (
+                [style, dataclasses.replace(style, weight=weight)],
+                OPTIONS,
+                rf"styles\[1\].weight must be finite .* {weight}",
+            )
+            for weight in (math.inf, math.nan, -1.0)
+        ),
         (
             [style],
             dataclasses.replace(OPTIONS, style_layers={"relu9_9": 1}),
@@ -227,6 +274,8 @@ def test_pictures_that_cannot_be_prepared_are_refused(tiny_model: FeatureModel, 
     ):
         with pytest.raises(InvalidOption, match=message):
             prepare_style(tiny_model, styles, options)
+    with pytest.raises(InvalidOption, match="display_name must be one line of text"):
+        prepare_style(tiny_model, [style], OPTIONS, display_name="two\nlines")
     with pytest.raises(InvalidImage, match="must have shape"):
         prepare_style(tiny_model, [Style(picture(64, 48, 1)[:2])], OPTIONS)
 
@@ -259,6 +308,8 @@ def test_style_is_made_at_the_command_line(tiny_weights_file: Path, tmp_path: Pa
             "weight must be given for each image or for none, not 2 for 1",
         ),
         ((*wave, "no/c"), "output: there is no folder 'no'"),
+        ((*wave, "."), "output: '.' is a folder; name a file in it"),
+        ((*wave, "c", "--style-layers", "relu1_1,relu9_1"), "relu9_1] is no layer"),
         (("style", "a.style.safetensors", *wave[2:], "c"), "a.style.safetensors is no image of the formats JPEG, PNG"),
         (("style", "nowhere.png", *wave[2:], "c"), "No such file or directory"),
     ):

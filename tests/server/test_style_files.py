@@ -397,13 +397,35 @@ def bad_files(data: bytes) -> dict[str, bytes]:
         "a layer less": changed(data, lambda moments: moments[68].pop("relu2_1")),
         "a matrix of another shape": changed(data, lambda m: m[48]["relu1_1"].update(mean=torch.zeros(3))),
         "an unknown model": resealed(data, model="vgg17"),
+        "fewer channels at one size": changed(data, lambda m: m[48].update(relu5_1=moments_of(1))),
+        "more channels than published": changed(data, lambda m: [m[edge].update(relu1_1=moments_of(65)) for edge in m]),
+        "no channels": changed(data, lambda m: [m[edge].update(relu1_1=moments_of(0)) for edge in m]),
+        "a layer twice": resealed(data, layers=["relu1_1"] * 2),
+        "a size twice": resealed(data, sizes_px=[48, 48, 68, 96]),
+        "a path for a hash": resealed(data, images=[{"sha256": "../../etc/passwd", "share": 1.0}]),
+        "a name for terminals": resealed(data, display_name="\x1b]0;owned\x07"),
+        "a name of half a character": half_a_character(),
+        "many fields": b"\x0a\x00" * (2 << 20),
     }
+
+
+def moments_of(channels: int) -> dict[str, torch.Tensor]:
+    """Return the moments of a layer with that many channels."""
+    return {"mean": torch.ones(channels), "gram": torch.eye(channels)}
+
+
+def half_a_character() -> bytes:
+    """Return a style file with a tensor whose name is half of a surrogate pair."""
+    header = b'{"__metadata__":{"nst.json":"{}"},"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    return struct.pack("<Q", len(header)) + header
 
 
 WORDS = {
     "a pickle": "never loaded",
-    "a zip bomb": "compressed",
-    "a zip of overlapping members": "directory says something else",
+    "a zip bomb": "more in it than its members",
+    "fewer channels at one size": "at 68 px have 8 channels",
+    "more channels than published": "relu1_1 at 48 px have 65 channels; the layer has at most 64",
+    "a path for a hash": "64 hexadecimal digits",
     "half": "truncated",
     "an altered moment": "altered",
     "another version": "version 2",
@@ -479,6 +501,7 @@ async def test_bad_fields_are_refused(caller: Caller, file: bytes) -> None:
     for call, field in (
         (importing(caller, file, "Capital"), "style_id"),
         (importing(caller, file, "x", "n" * 201), "display_name"),
+        (importing(caller, file, "x", "two\nlines"), "display_name"),
     ):
         refusal = await caller.refusal(call)
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)

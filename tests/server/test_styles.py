@@ -187,6 +187,7 @@ async def test_well_formed_ids_are_taken(caller: Caller, style_id: str) -> None:
         (creation("x", picture_bytes(32, 32), weights=(-1.0,)), "style.images[0].weight"),
         (creation("x", picture_bytes(32, 32), weights=(0.0,)), "style.images"),
         (creation("x", picture_bytes(32, 32), display_name="n" * 201), "style.display_name"),
+        (creation("x", picture_bytes(32, 32), display_name="two\nlines"), "style.display_name"),
     ],
 )
 async def test_bad_styles_are_refused_naming_the_field(caller: Caller, request_: Any, field: str) -> None:
