@@ -1,6 +1,6 @@
 """Exported graphs in their runtimes against eager torch: the same inputs, call by call in turns, in one run.
 
-Eager is what the engine does: its trunk, its losses, and for the closure autograd. C++ and JavaScript are processes
+Eager is what the engine does: its trunk, and its losses with their gradient. C++ and JavaScript are processes
 beside this one, `exports.cpp` and `exports.mjs`, which make a call when they are asked to; of the latter there are two,
 one in Node and one with a page in headless Chromium.
 """
