@@ -136,7 +136,7 @@ class LBFGS:
         inverse: (m, m), R⁻¹, by rows of the ring; curvature: (m,), the diagonal of R; sg: (m,), S·g.
         g: (n,), the gradient before the last step; s: (n,), the last step.
         gamma, loss, cap, damping: scalars, of which the loss is the one before the last step.
-        bands: (2, C, bands), places: (2, H, W), see `Spectral`; only with `spectral`.
+        bands: (2, C, bands), places: (2, P), see `Spectral`; only with `spectral`.
         count: int64, pairs ever remembered, of which the last m still are; taken: bool, whether there is a last step.
         """
         rows = min(int(self._count), self._pairs.shape[1])

@@ -1,10 +1,11 @@
-"""The initial inverse Hessian of L-BFGS by frequency and place, each of which has a curvature of its own.
+"""The initial inverse Hessian of L-BFGS by color, frequency and place, each of which has a curvature of its own.
 
 A picture is (…, H, W), its channels C whatever comes before. Frequencies are in cycles a pixel, from 0 to √½.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -20,55 +21,64 @@ DECAY = 0.98
 LEAST, MOST = 1 / 20, 50.0
 """Bounds of a band's inverse curvature, as multiples of the newest pair's."""
 
+CUTS = (1 / 32, 1 / 8)
+"""Frequencies between the passbands, each of which has places of its own, in cycles a pixel."""
+
 PLACES_DECAY = 0.95
 """Decay of the running sums of places, from pair to pair."""
 
 PLACES_BOUND = 8.0
 """A place's inverse curvature is at most this many times their geometric mean, and at least as small a part of it."""
 
-BLUR_PX = 5
-"""Edge of the box by which a place's sums are smoothed, twice."""
+BLUR_PX = 3
+"""Edge of the box by which a place's sums are smoothed, twice, in pixels of its passband."""
+
+UNSEEN = 0.01
+"""Places with less than this part of y's mean, as those outside all regions, have no part in the geometric mean."""
 
 
 class Spectral:
     """H₀ = √Γ·D·√Γ: Γ a diagonal in the picture's Fourier domain, D one in the picture, both learnt from the pairs.
 
+    Channels are taken in the cosine basis, which for RGB is lightness and two colors opposed to each other: curvature
+    differs more between these than between red, green and blue. Full matrices between channels gain nothing over it.
+
     Γ has for each channel and radial band γ² = Σ|ŝ|² / Σ|ŷ|², both summed over the band and over pairs, each pair
     divided by |y|² and those before it decayed. γ = Σ ŝ·ŷ / Σ|ŷ|², which the scalar of L-BFGS corresponds to, is worse.
     A frequency between the middles of two bands has a share in both, so γ is continuous, unlike with sharp bands.
 
-    D has for each place the same of what Γ leaves, s/√Γ and y·√Γ, of all channels, smoothed; its geometric mean is 1.
+    D is the sum over passbands of one diagonal each, at the passband's resolution. It has for each place the same of
+    what Γ leaves, s/√Γ and y·√Γ, of all channels, smoothed; its geometric mean is 1.
 
     Args:
         like: a picture, (…, H, W): shape, type and device of all that come.
 
     Attributes:
         bands: (2, C, BANDS), sums of s and of y.
-        places: (2, H, W), sums of s and of y. The two are all there is to remember.
+        places: (2, P), sums of s and of y, P the places of all passbands. The two are all there is to remember.
     """
 
     def __init__(self, like: Tensor) -> None:
-        self._shape = like.shape
-        height, width = self._shape[-2:]
-        self._shares = _shares(height, width).to(like)
-        # A transform of real numbers leaves out the columns that mirror others.
-        self._copies = torch.full((width // 2 + 1,), 2.0).to(like)
-        self._copies[0] = 1
-        if width % 2 == 0:
-            self._copies[-1] = 1
-        self.bands = torch.zeros((2, math.prod(self._shape[:-2]), BANDS), dtype=like.dtype, device=like.device)
-        self.places = torch.zeros((2, height, width), dtype=like.dtype, device=like.device)
+        channels, self._size = math.prod(like.shape[:-2]), like.shape[-2:]
+        self._basis = _cosines(channels).to(like)
+        self._shares = _shares(self._size).to(like)
+        cuts = (0.0, *CUTS, math.inf)
+        self._passbands = [Passband(self._size, *cut, like=like) for cut in itertools.pairwise(cuts)]
+        self._count = [math.prod(passband.size) for passband in self._passbands]
+        self.bands = torch.zeros((2, channels, BANDS), dtype=like.dtype, device=like.device)
+        self.places = torch.zeros((2, sum(self._count)), dtype=like.dtype, device=like.device)
 
     def learn(self, pair: Tensor, gamma: Tensor, taken: Tensor) -> None:
         """Take in a pair (2, n), s and y, and the scalar that fits it, if it is `taken`, a truth on the device."""
-        spectrum = self._spectrum(pair.view(2, *self._shape))
-        power = (torch.view_as_real(spectrum).square().sum(dim=-1) * self._copies).view(*self.bands.shape[:2], -1)
-        found = (power @ self._shares) / pair[1].square().sum()
+        spectrum = self._spectrum(pair)
+        power = spectrum.real.square() + spectrum.imag.square()
+        # A transform of real numbers leaves out the columns that mirror others.
+        power[..., 1 : (self._size[1] + 1) // 2] *= 2
+        found = (power.flatten(-2) @ self._shares) / pair[1].square().sum()
         self.bands.copy_(torch.where(taken, DECAY * self.bands + found, self.bands))
         root = self._by_frequency(gamma.to(pair)).sqrt()
-        left = self._picture(torch.stack((spectrum[0] / root, spectrum[1] * root)))
-        there = _blurred(left.square().view(2, -1, *self._shape[-2:]).sum(dim=1))
-        there = there / there[1].mean()
+        left = torch.stack((spectrum[0] / root, spectrum[1] * root))
+        there = torch.cat([_by_place(passband.part(left)) for passband in self._passbands], dim=1)
         self.places.copy_(torch.where(taken, PLACES_DECAY * self.places + there, self.places))
 
     def times(self, q: Tensor, gamma: Tensor) -> Tensor:
@@ -78,45 +88,129 @@ class Spectral:
         moved along with the frequencies of the rest.
         """
         root = self._by_frequency(gamma.to(q)).sqrt()
-        half = self._picture(self._spectrum(q.view(self._shape)) * root) * self._by_place()
-        product = self._picture(self._spectrum(half) * root).flatten()
-        return product.masked_fill_(q == 0, 0.0)
+        half = self._spectrum(q) * root
+        whole = torch.zeros_like(half)
+        for passband, places in zip(self._passbands, torch.split(self.places, self._count, dim=1), strict=True):
+            passband.add(passband.part(half) * ratios(places).view(passband.size), whole)
+        product = self._basis.t() @ _picture(whole * root, self._size).flatten(-2)
+        return product.flatten().masked_fill_(q == 0, 0.0)
 
     def _by_frequency(self, scalar: Tensor) -> Tensor:
-        """Return Γ, (…, H, W // 2 + 1)."""
+        """Return Γ, (C, H, W // 2 + 1)."""
         by_band = (self.bands[0] / self.bands[1]).sqrt().clamp(LEAST * scalar, MOST * scalar)
         by_band = torch.where(self.bands[1] > 0, by_band, scalar)
-        return (by_band.log() @ self._shares.t()).exp().view(*self._shape[:-1], -1)
-
-    def _by_place(self) -> Tensor:
-        """Return D, (H, W)."""
-        logarithm = (self.places[0] / self.places[1]).log() / 2
-        # Where nothing was learnt, it is 0/0; where nothing has moved, its logarithm is infinite.
-        logarithm = torch.where(logarithm.isfinite(), logarithm, 0.0)
-        bound = math.log(PLACES_BOUND)
-        return (logarithm - logarithm.mean()).clamp(-bound, bound).exp()
+        return (by_band.log() @ self._shares.t()).exp().view(len(self._basis), self._size[0], -1)
 
     def _spectrum(self, x: Tensor) -> Tensor:
-        """Return the spectrum of pictures (…, H, W)."""
-        spectrum: Tensor = torch.fft.rfft2(x, norm="ortho")
-        return spectrum
-
-    def _picture(self, spectrum: Tensor) -> Tensor:
-        """Return the pictures of a spectrum, (…, H, W)."""
-        pictures: Tensor = torch.fft.irfft2(spectrum, s=self._shape[-2:], norm="ortho")
-        return pictures
+        """Return the spectrum of pictures (…, n), in the cosine basis: (…, C, H, W // 2 + 1)."""
+        channels = self._basis @ x.view(*x.shape[:-1], len(self._basis), -1)
+        return _transform(channels.view(*channels.shape[:-1], *self._size))
 
 
-def _blurred(x: Tensor) -> Tensor:
-    """Return x (2, H, W), smoothed."""
+class Passband:
+    """The part of pictures between two frequencies, at the resolution that it takes.
+
+    The squares of all passbands' windows add up to 1, an octave wide where one goes over into the next. `add` is the
+    transpose of `part`, so parts that are added as they are make the whole.
+
+    Args:
+        size: of the pictures, (H, W).
+        lowest: frequency of the lower cut, 0 for none.
+        highest: that of the upper one, infinite for none.
+        like: type and device.
+
+    Attributes:
+        size: (H, W) of parts, odd numbers where it is not the pictures' own.
+    """
+
+    def __init__(self, size: tuple[int, ...], lowest: float, highest: float, *, like: Tensor) -> None:
+        radius = _radius(size)
+        self._whole = math.isinf(highest)
+        # An odd number of rows and columns has no highest frequency of its own, which would be its own mirror image.
+        self._rows, self._columns = (int(min(math.sqrt(2) * highest * edge, (edge - 1) // 2)) for edge in size)
+        self.size = tuple(size) if self._whole else (2 * self._rows + 1, 2 * self._columns + 1)
+        self._window = self._cut((_above(radius, lowest) - _above(radius, highest)).sqrt()).to(like)
+
+    def part(self, spectrum: Tensor) -> Tensor:
+        """Return what spectra (…, H, W // 2 + 1) have of the passband, as pictures of its size."""
+        return _picture(self._cut(spectrum) * self._window, self.size)
+
+    def add(self, part: Tensor, spectrum: Tensor) -> None:
+        """Add a part to spectra (…, H, W // 2 + 1)."""
+        found = _transform(part) * self._window
+        if self._whole:
+            spectrum += found
+            return
+        above = self._rows + 1
+        for rows, there in ((slice(above), slice(above)), (slice(above, None), self._below(spectrum))):
+            spectrum[..., there, : self._columns + 1] += found[..., rows, :]
+
+    def _cut(self, spectrum: Tensor) -> Tensor:
+        """Return the frequencies that a picture of the passband's size has."""
+        if self._whole:
+            return spectrum
+        columns = spectrum[..., : self._columns + 1]
+        return torch.cat((columns[..., : self._rows + 1, :], columns[..., self._below(spectrum), :]), dim=-2)
+
+    def _below(self, spectrum: Tensor) -> slice:
+        """Return the rows of negative frequencies."""
+        return slice(spectrum.shape[-2] - self._rows, None)
+
+
+def ratios(places: Tensor) -> Tensor:
+    """Return the diagonal that sums of s and of y, (2, P), tell: (P,)."""
+    s, y = places
+    logarithm = (s / y).log() / 2
+    # Where nothing was learnt, it is 0/0; where nothing has moved, its logarithm is infinite.
+    logarithm = torch.where(logarithm.isfinite(), logarithm, 0.0)
+    seen = y > UNSEEN * y.mean()
+    mean = (logarithm * seen).sum() / seen.sum().clamp_min(1)
+    bound = math.log(PLACES_BOUND)
+    ratio: Tensor = (logarithm - mean).clamp(-bound, bound).exp()
+    return ratio
+
+
+def _by_place(parts: Tensor) -> Tensor:
+    """Return the squares of s and y, (2, C, H, W), smoothed and relative to the mean of y's: (2, H · W)."""
+    squares = parts.square().sum(dim=1, keepdim=True)
     for _ in range(2):
-        x = F.avg_pool2d(F.pad(x, [BLUR_PX // 2] * 4, mode="reflect"), BLUR_PX, stride=1)
-    return x
+        squares = F.avg_pool2d(squares, BLUR_PX, stride=1, padding=BLUR_PX // 2, count_include_pad=False)
+    return squares.flatten(1) / squares[1].mean().clamp_min(torch.finfo(squares.dtype).tiny)
 
 
-def _shares(height: int, width: int) -> Tensor:
+def _transform(pictures: Tensor) -> Tensor:
+    """Return the spectra of pictures (…, H, W): (…, H, W // 2 + 1)."""
+    spectra: Tensor = torch.fft.rfft2(pictures, norm="ortho")
+    return spectra
+
+
+def _picture(spectra: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return the pictures of spectra (…, H, W // 2 + 1): (…, H, W)."""
+    pictures: Tensor = torch.fft.irfft2(spectra, s=size, norm="ortho")
+    return pictures
+
+
+def _radius(size: tuple[int, ...]) -> Tensor:
+    """Return each frequency of `rfft2`, (H, W // 2 + 1)."""
+    height, width = size
+    rows, columns = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.rfftfreq(width, dtype=torch.float64)
+    return torch.hypot(rows[:, None], columns)
+
+
+def _above(radius: Tensor, cut: float) -> Tensor:
+    """Return 1 for the frequencies above a cut, 0 for those below, in the octave around it the part of it behind."""
+    return ((radius / cut).log2() + 0.5).clamp(0, 1) if cut else torch.ones_like(radius)
+
+
+def _cosines(count: int) -> Tensor:
+    """Return the orthonormal basis of the cosine transform, a vector in each row, (count, count)."""
+    place = torch.arange(count, dtype=torch.float64)
+    basis = torch.cos(math.pi / count * (place + 0.5) * place[:, None])
+    return basis.div(torch.linalg.vector_norm(basis, dim=1, keepdim=True))
+
+
+def _shares(size: tuple[int, ...]) -> Tensor:
     """Return the share of each frequency of `rfft2` in each band, (H · (W // 2 + 1), BANDS); each one's sum to 1."""
-    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
-    lowest, highest = 1 / max(height, width), math.sqrt(0.5)
-    place = (radius.clamp_min(lowest) / lowest).log() / math.log(highest / lowest) * (BANDS - 1)
+    lowest, highest = 1 / max(size), math.sqrt(0.5)
+    place = (_radius(size).clamp_min(lowest) / lowest).log() / math.log(highest / lowest) * (BANDS - 1)
     return (1 - (place[..., None] - torch.arange(BANDS)).abs()).clamp_min(0).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The initial inverse Hessian by frequency."""
+"""The initial inverse Hessian by color, frequency and place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nst_model import lbfgs
 from nst_model.lbfgs import DAMPING_RATE, LBFGS
-from nst_model.spectral import BANDS, LEAST, MOST, Spectral
+from nst_model.spectral import BANDS, CUTS, LEAST, MOST, Passband, Spectral, ratios
 
 SHAPES = [(1, 3, 24, 32), (1, 3, 17, 23), (2, 16, 16)]
 ONE = torch.ones((), dtype=torch.float64)
@@ -22,12 +23,20 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def basis(picture: Tensor) -> Tensor:
+    """Return lightness and colors, a direction in each row, for pictures of 2 or 3 channels."""
+    known = {2: [[1.0, 1.0], [1.0, -1.0]], 3: [[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]}
+    rows = torch.tensor(known[picture.shape[-3]], dtype=picture.dtype)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
 def curved(picture: Tensor, power: float, channels: Tensor) -> Tensor:
-    """Return a picture filtered by (1 + 50·frequency)^power, each channel by its factor too: a Hessian's product."""
+    """Return a picture filtered by (1 + 50·frequency)^power, each color by its factor too: a Hessian's product."""
     height, width = picture.shape[-2:]
     radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)).double()
-    filtered = torch.fft.rfft2(picture) * (1 + 50 * radius) ** power
-    return torch.fft.irfft2(filtered, s=(height, width)) * channels[:, None, None]
+    filtered = torch.fft.irfft2(torch.fft.rfft2(picture) * (1 + 50 * radius) ** power, s=(height, width))
+    between = basis(picture).T @ torch.diag(channels) @ basis(picture)
+    return torch.einsum("ij,...jhw->...ihw", between, filtered)
 
 
 def learn(spectral: Spectral, s: Tensor, y: Tensor, *, taken: bool = True) -> None:
@@ -54,7 +63,7 @@ def test_without_pairs_it_is_the_scalar(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_hessian_by_frequency_and_channel_is_learnt(shape: tuple[int, ...]) -> None:
+def test_a_hessian_by_frequency_and_color_is_learnt(shape: tuple[int, ...]) -> None:
     """What it makes of H·v is nearly v, which no scalar would make."""
     channels = torch.tensor([1.0, 3.0, 0.5][: shape[-3]], dtype=torch.float64)
     spectral, v = learnt(shape, 1.0, channels), noise(shape, 99)
@@ -115,7 +124,8 @@ def test_sums_count_every_frequency_once() -> None:
         s, y = noise(shape, 1), noise(shape, 2)
         learn(spectral, s, y)
         assert spectral.bands.shape == (2, math.prod(shape[:-2]), BANDS)
-        wanted = torch.stack((s, y)).square().sum(dim=(-2, -1)).view(2, -1) / y.square().sum()
+        colors = torch.einsum("ij,...jhw->...ihw", basis(s), torch.stack((s, y)))
+        wanted = colors.square().sum(dim=(-2, -1)).view(2, -1) / y.square().sum()
         torch.testing.assert_close(spectral.bands.sum(dim=-1), wanted)
 
 
@@ -161,6 +171,55 @@ def test_a_hessian_by_place_is_learnt() -> None:
     both = error()
     spectral.places.fill_(1.0)
     assert both < 0.75 * error()
+
+
+def halved(x: Tensor) -> Tensor:
+    """Return a picture times a Hessian by which fine detail is stiff on the left, what is coarse on the right."""
+    left = (torch.arange(x.shape[-1]) < x.shape[-1] // 2).double()
+    radius = torch.hypot(torch.fft.fftfreq(x.shape[-2])[:, None], torch.fft.rfftfreq(x.shape[-1])).double()
+    fine = torch.fft.irfft2(torch.fft.rfft2(x) * (radius > 1 / 8), s=x.shape[-2:])
+    stiff = torch.fft.irfft2(torch.fft.rfft2(left * fine) * (radius > 1 / 8), s=x.shape[-2:])
+    coarse = (1 - left) * (x - fine)
+    coarse = coarse - torch.fft.irfft2(torch.fft.rfft2(coarse) * (radius > 1 / 8), s=x.shape[-2:])
+    return x + 24 * (stiff + coarse)
+
+
+def test_a_place_is_learnt_for_each_passband(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Hessian that is by place another for fine detail than for what is coarse, more is made good."""
+
+    def error() -> float:
+        spectral = Spectral(torch.zeros(1, 3, 48, 64, dtype=torch.float64))
+        for seed in range(30):
+            s = noise((1, 3, 48, 64), seed)
+            learn(spectral, s, halved(s))
+        v = F.interpolate(noise((1, 3, 6, 8), 99), scale_factor=8, mode="bilinear")
+        return float((spectral.times(halved(v).flatten(), 0.1 * ONE) - v.flatten()).norm() / v.norm())
+
+    parted = error()
+    monkeypatch.setattr("nst_model.spectral.CUTS", ())
+    assert parted < 0.75 * error()
+
+
+def test_places_that_are_not_seen_have_no_part_in_the_mean() -> None:
+    """What leaks to the outside of all regions has an arbitrary ratio, which the places inside are not scaled by."""
+    inside = torch.tensor([[4.0, 1.0, 0.25], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    outside = 1e-4 * torch.tensor([[900.0] * 9, [1.0] * 9], dtype=torch.float64)
+    torch.testing.assert_close(ratios(inside), torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(ratios(torch.cat((inside, outside), dim=1))[:3], ratios(inside))
+
+
+@pytest.mark.parametrize("size", [(24, 32), (17, 23), (16, 16), (97, 130), (5, 64)])
+def test_passbands_make_the_whole(size: tuple[int, int]) -> None:
+    """Added as they are, whatever the size of the pictures."""
+    x = noise((3, *size), 1)
+    spectrum = torch.fft.rfft2(x, norm="ortho")
+    whole = torch.zeros_like(spectrum)
+    for cut in itertools.pairwise((0.0, *CUTS, math.inf)):
+        passband = Passband(size, *cut, like=x)
+        part = passband.part(spectrum)
+        assert part.shape == (3, *passband.size)
+        passband.add(part, whole)
+    torch.testing.assert_close(whole, spectrum)
 
 
 def parts_of_secant_steps(slopes: list[float]) -> list[float]:
