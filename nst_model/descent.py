@@ -496,7 +496,7 @@ class _Numbers:
             self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             self._vector.copy_(vector, non_blocking=True)
             self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(vector.device))
 
     @functools.cached_property
     def values(self) -> list[float]:
