@@ -258,7 +258,7 @@ class Descent:
 
     def begin(self, start: Tensor) -> None:
         """Begin the next scale from its first picture, (1, 3, H, W)."""
-        self._optimizer = self._optimizer_for(start, self._budgets[self.scale])
+        self._optimizer = self._optimizer_for(start)
         self._leave_loop()
         self._watch = _Watch(self._optimizer.x.clone())
         self._average = _Average(self._options.averaging)
@@ -453,14 +453,14 @@ class Descent:
         done = np.cumsum(np.append(per_iteration, self._pixels[-1]))
         return float(done[min(index, len(done) - 1)] / done[-1])
 
-    def _optimizer_for(self, start: Tensor, budget: int) -> LBFGS | Adam:
+    def _optimizer_for(self, start: Tensor) -> LBFGS | Adam:
         if isinstance(self._optimizer, Adam) and self._options.optimizer is Optimizer.ADAM:
             return self._optimizer.carried(start, self._options.margin_px)
         if self._options.optimizer is Optimizer.ADAM:
             return Adam(start, self._options.learning_rate)
         spectral = self._options.curvature is Curvature.SPECTRAL
         stored = torch.bfloat16 if self._memory.number_bytes < start.element_size() else None
-        return LBFGS(start, min(self._memory.pairs, budget), stored=stored, spectral=spectral)
+        return LBFGS(start, self._memory.pairs, stored=stored, spectral=spectral)
 
     def _read(self, evaluation: _Evaluation) -> Iterate | None:
         """Return the next iterate, None if it is not finite."""
