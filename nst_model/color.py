@@ -21,7 +21,8 @@ LEAST_VARIANCE = 1e-5
 
 def luminance(picture: Tensor) -> Tensor:
     """Return the luminance of a picture, (1, H, W)."""
-    return (picture * picture.new_tensor(LUMA)[:, None, None]).sum(dim=0, keepdim=True)
+    red, green, blue = (weight * channel for weight, channel in zip(LUMA, picture.split(1), strict=True))
+    return red + green + blue
 
 
 def gray(picture: Tensor) -> Tensor:

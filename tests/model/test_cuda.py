@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nst_model import FeatureModel, Style, StylizeOptions, to_pixels
+from nst_model import FeatureModel, Style, StyleLoss, StylizeOptions, to_pixels
 from nst_model.graphs import RECORDERS, WARM_UP, Recorded
 from nst_model.lbfgs import combined, products
 from nst_model.memory import peak_bytes
@@ -31,7 +31,16 @@ def run(model: FeatureModel, picture: Picture, **options: Any) -> Stylization:
 
 
 @pytest.mark.parametrize("kept", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"color": "luminance"}, {"preset": "gatys"}, {"optimizer": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"color": "luminance"},
+        {"preset": "gatys"},
+        {"optimizer": "adam", "averaging": 0.5},
+        *({"style_loss": loss, "laplacian_weight": 1.0} for loss in StyleLoss),
+    ],
+    ids=str,
+)
 def test_no_iterate_waits_for_the_device(
     tiny_weights: FeatureWeights, picture: Picture, caplog: pytest.LogCaptureFixture, options: dict[str, Any], kept: str
 ) -> None:
