@@ -173,6 +173,27 @@ Loops = dict[torch.Size, tuple[Hashable, Loop]]
 """Size of the picture that is optimized, (1, 3, H, W) → form and loop of what has been recorded there."""
 
 
+class Recordings:
+    """What the last run on a device has recorded, for the next one: of runs of one kind only, since it holds memory."""
+
+    def __init__(self) -> None:
+        self._kind: Hashable = None
+        self._loops: Loops | None = None
+
+    def of(self, kind: Hashable, is_room: Callable[[], bool]) -> Loops | None:
+        """Return what has been left by a run of a kind, or None if nothing shall be.
+
+        What one of another kind has left is given back first, before it is asked whether there `is_room` to leave
+        anything.
+        """
+        if kind != self._kind:
+            if self._loops is not None:
+                self._loops.clear()  # even if whoever left it is still there
+            self._kind, self._loops = kind, None
+            self._loops = {} if is_room() else None
+        return self._loops
+
+
 def minimize(
     objective: Any,
     targets: dict[str, Tensor],

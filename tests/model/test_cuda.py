@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nst_model import FeatureModel, Style, StyleLoss, StylizeOptions, to_pixels
+from nst_model.devices import lasting_memory_bytes, memory_bytes
 from nst_model.graphs import RECORDERS, WARM_UP, Recorded
 from nst_model.lbfgs import combined, products
 from nst_model.memory import peak_bytes
@@ -115,3 +116,15 @@ def test_a_frame_takes_no_memory_anew(picture: Picture) -> None:
     for _ in range(40):
         assert np.array_equal(to_pixels(shown), first)
     assert torch.cuda.memory_reserved() == reserved
+
+
+def test_memory_that_is_not_in_use_may_be_taken() -> None:
+    """Whether it is the system's or PyTorch's; what there is at any time does not change."""
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    before, lasting = memory_bytes(device), lasting_memory_bytes(device)
+    taken = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert memory_bytes(device) <= before - 2**27
+    del taken
+    assert memory_bytes(device) > before - 2**27
+    assert lasting_memory_bytes(device) == lasting

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nst_model import FeatureModel, Iterate, Style, StylizeOptions, graphs
-from nst_model.descent import AHEAD
+from nst_model.descent import AHEAD, Recordings
 from nst_model.graphs import WARM_UP, Recorded, Work
+from nst_model.memory import peak_bytes
 from nst_model.stylization import Stylization
 from tests.model.test_resume import RUNS, same
 
@@ -232,16 +235,38 @@ def test_runs_that_take_turns_have_recordings_of_their_own(
 def test_nothing_is_left_where_there_is_no_room(
     tiny_model: FeatureModel, picture: Picture, recorder: Replaying
 ) -> None:
-    """A recording holds memory, which a job of another size may need."""
-    model, (job, *_) = FeatureModel(tiny_model.weights, "cpu"), jobs(picture)
-    done(model, job)
-    assert model.loops(StylizeOptions(first_size_px=34), 40, 48)
-    assert model.loops(StylizeOptions(first_size_px=34), 40, 47) == {}
-    tight = FeatureModel(tiny_model.weights, "cpu", 300 * 2**20)
-    done(tight, job)
-    done(tight, job)
-    assert recorder.recorded == 6
-    assert tight.loops(StylizeOptions(first_size_px=34), 40, 48) is None
+    """A recording holds memory: those of a job, and what the next one does first, may not take more than there is."""
+    weights, (job, *_) = tiny_model.weights, jobs(picture)
+    peak = peak_bytes(StylizeOptions(first_size_px=34, history=5), 40, 48, weights.architecture)
+    for limit, count in ((3 * peak, 2), (3 * peak - 1, 4)):
+        model, before = FeatureModel(weights, "cpu", limit), recorder.recorded
+        done(model, job)
+        done(model, job)
+        assert recorder.recorded - before == count, limit
+
+
+def test_what_a_job_of_another_kind_has_left_is_given_back(
+    tiny_model: FeatureModel, picture: Picture, recorder: Replaying
+) -> None:
+    """Before it is looked at how much memory there is: of another size, and of another feature model."""
+    left: list[weakref.ref[Tensor]] = []
+    recordings = Recordings()
+    first, second = (
+        FeatureModel(dataclasses.replace(tiny_model.weights, sha256=sha256), "cpu", recordings=recordings)
+        for sha256 in ("1" * 64, "2" * 64)
+    )
+    options, styles = StylizeOptions(first_size_px=34, history=5, iterations=8), [Style(picture(40, 48, 2))]
+    for model, height in ((first, 40), (second, 40), (second, 39)):
+        making = Stylization(model, picture(height, 48, 1), styles, options)
+        assert not any(x() is not None for x in left)
+        list(making)
+        del making
+        assert recorder.recorded == len(left) + 2
+        loops = model.loops(options, height, 48)
+        assert loops is not None
+        assert len(loops) == 2
+        left += [weakref.ref(loop.optimizer.x) for _, loop in loops.values()]
+        del loops
 
 
 def test_what_cannot_be_recorded_is_done_as_it_is(
