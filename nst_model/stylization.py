@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -534,7 +535,7 @@ def to_pixels(picture: Tensor, *, bits: int = 8) -> np.ndarray:
     uint8 in [0, 255], or with 16 `bits` uint16 in [0, 65535].
     """
     with _aside(picture.device):
-        levels = picture.clamp(0, 1).mul(2**bits - 1).round()
+        levels = picture.clamp(0, 1).mul_(2**bits - 1).round_()
         pixels = levels.to(torch.uint8 if bits == 8 else torch.int32)  # torch computes little in uint16
         pixels = pixels.permute(1, 2, 0).contiguous()
         if pixels.is_cuda:
@@ -548,11 +549,18 @@ def _aside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    aside.wait_stream(before)
+    aside = _frame_stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         yield
     aside.synchronize()
+
+
+@functools.cache
+def _frame_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that pictures leave a device by: always the same, for memory freed on one serves it alone."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:
