@@ -125,7 +125,7 @@ def test_a_recorded_run_is_the_same_to_the_bit(
 def test_a_recording_serves_one_objective_and_one_optimizer(
     tiny_model: FeatureModel, picture: Picture, monkeypatch: pytest.MonkeyPatch, recorder: Replaying
 ) -> None:
-    """Steered, the run is recorded anew; by other budgets it is not."""
+    """Steered, the run is recorded anew if it then has other layers; by other weights and budgets it is not."""
 
     def steered() -> list[Iterate]:
         making, seen = run(tiny_model, picture, iterations=20, first_size_px=512), []
@@ -133,8 +133,10 @@ def test_a_recording_serves_one_objective_and_one_optimizer(
             seen.append(iterate)
             if iterate.index == 6:
                 making.steer(iterations=18)
-            if iterate.index == 10:
-                making.steer(content_weight=0.5)
+            if iterate.index == 8:
+                making.steer(content_weight=0.5, style_layers={**making.options.style_layers, "relu2_1": 3.0})
+            if iterate.index == 12:
+                making.steer(content_layers={"relu3_1": 1.0})
         return seen
 
     with_recordings = steered()
