@@ -161,7 +161,8 @@ def main() -> None:
     given = parser.parse_args()
     results = merged(given.files)
     given.images.mkdir(parents=True, exist_ok=True)
-    print("\n".join(table(results)))
+    for line in table(results):
+        print(line)
     if results["iteration"]:
         plot_iterations(results["iteration"], given.images / "speed-iteration.svg")
     if results["race"]:
