@@ -39,6 +39,7 @@ from benchmarks.run import machine
 from benchmarks.textbook import leaf, plain_fine, textbook_loop
 from nst_model import FeatureModel, Precision, Style, StylizeOptions, load_weights, to_pixels
 from nst_model.devices import memory_bytes, reuse_memory
+from nst_model.memory import Memory
 from nst_model.network import Trunk
 from nst_model.options import Optimizer
 from nst_model.scales import scales
@@ -187,11 +188,11 @@ class Ceilings:
 
 
 def limits(
-    model: FeatureModel, size: tuple[int, int], options: StylizeOptions, ceilings: Iterable[Ceilings]
+    model: FeatureModel, size: tuple[int, int], options: StylizeOptions, memory: Memory, ceilings: Iterable[Ceilings]
 ) -> tuple[float, float]:
     """Return `Ceilings.limits_s` of a stylization at one scale, of a height and width: the shortest that were found."""
     rows, columns = (edge + 2 * options.margin_px for edge in size)
-    history_bytes = 3 * rows * columns * model.memory(options, *size).picture_bytes
+    history_bytes = 3 * rows * columns * memory.picture_bytes
     trunk, precision = model.trunk(options), model.precision(options)
     found = [ceiling.limits_s(trunk, precision, (rows, columns), history_bytes) for ceiling in ceilings]
     arithmetic_s, bytes_s = map(min, zip(*found, strict=True))
@@ -213,6 +214,8 @@ def iteration(model: FeatureModel, preset: str, size_px: int, rounds: int, budge
     """
     content, style = pair(model, 1, size_px)
     options = StylizeOptions.of(preset, size_px=size_px, iterations=10_000, first_size_px=size_px)
+    height, width = content.shape[1:]
+    memory = model.memory(options, height, width)  # as the run will find it: it takes what is free
     runs: dict[str, Iterator[object]] = {"ours": nst_model.stylize(model, content, [Style(style)], options)}
     if preset == "gatys":
         runs["textbook"] = textbook_loop(model, leaf(content), style, options)
@@ -224,7 +227,7 @@ def iteration(model: FeatureModel, preset: str, size_px: int, rounds: int, budge
     after = Ceilings.of(model.device)
     medians = {name: statistics.median(found[WARM_UP:]) for name, found in seconds.items()}
     ours_s, textbook_s = medians["ours"], medians.get("textbook")
-    arithmetic_s, bytes_s = limits(model, (content.shape[1], content.shape[2]), options, (before, after))
+    arithmetic_s, bytes_s = limits(model, (height, width), options, memory, (before, after))
     return {
         "preset": preset,
         "size_px": size_px,

@@ -15,6 +15,7 @@ from benchmarks import report, speed
 from benchmarks.speed import Budget, Ceilings, OutOfTime, Part
 from benchmarks.textbook import leaf, plain_fine, textbook_loop
 from nst_model import FeatureModel, Precision, Style, StylizeOptions, stylize
+from nst_model.memory import Memory
 from nst_model.weights import load_weights
 
 UNLIMITED = Budget(None)
@@ -125,11 +126,11 @@ def test_the_plain_loops_have_our_objectives(model: FeatureModel) -> None:
 
 def test_history_counts_in_what_it_is_kept_in(model: FeatureModel) -> None:
     """At a byte a second the limit is the bytes: activations both ways, and each number of the pairs once."""
-    slow, options = Ceilings({"fp32": 1e30}, 1.0), gatys(history=30)
-    short = FeatureModel(model.weights, "cpu", memory_bytes=1)  # remembers 10 pairs in bf16
+    slow, options = Ceilings({"fp32": 1e30}, 1.0), gatys()
     activations = 2 * speed.activation_bytes(model.trunk(options), 24, 32)
-    limits = [speed.limits(each, (24, 32), options, [slow])[1] for each in (model, short)]
-    assert limits == [activations + 2 * pairs * 3 * 24 * 32 * size for pairs, size in ((30, 4), (10, 2))]
+    for memory in (Memory(30, 4), Memory(10, 2)):
+        _, bytes_s = speed.limits(model, (24, 32), options, memory, [slow])
+        assert bytes_s == activations + 2 * memory.pairs * 3 * 24 * 32 * memory.number_bytes
 
 
 @pytest.fixture
