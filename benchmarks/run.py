@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps.")
     options = parser.parse_args()
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}", flush=True)
-    for script in ("core.py", "losses.py", "service.py"):
+    for script in ("losses.py", "service.py"):
         print(f"\n{script}\n", flush=True)
         subprocess.run([sys.executable, FOLDER / script, "--device", options.device], check=True)
     for script in ("reliability", "memory"):  # on the CPU

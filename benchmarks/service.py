@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import io
-import itertools
 import json
 import statistics
 import subprocess
@@ -14,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ import nst_model
 from nst_client import AsyncClient, Frame, JobState, Preview, Progress, StateChange
 from nst_model import FeatureModel, Style, StylizeOptions, load_weights
 from nst_model.calibration import dead_leaves, one_over_f_noise
+from nst_model.devices import reuse_memory
 
-WARM_UP = 2
+WARM_UP = 3
+"""Iterations that are not counted: on a GPU the third is recorded."""
 
 
 def picture(size_px: int, seed: int) -> np.ndarray:
@@ -45,34 +47,40 @@ def png(pixels: np.ndarray) -> bytes:
 class Core:
     """The same stylization without a server, in this process."""
 
-    def __init__(self, device: str, size_px: int, iterations: int) -> None:
-        self._model = FeatureModel(load_weights(nst_model.DEFAULT_MODEL), device)
-        self._options = StylizeOptions.of("gatys", size_px=size_px, iterations=iterations)
+    def __init__(self, model: FeatureModel, size_px: int, iterations: int) -> None:
+        self._model = model
+        self._options = StylizeOptions.of("gatys", size_px=size_px, iterations=iterations + WARM_UP)
         self._content, style = (nst_model.from_pixels(picture(size_px, seed)) for seed in (1, 0))
         self._styles = [Style(style)]
 
-    def iteration_seconds(self) -> list[float]:
-        """Return the time of each iteration of one run, seconds, warm-up left out."""
-        moments = [
-            time.perf_counter() for _ in nst_model.stylize(self._model, self._content, self._styles, self._options)
-        ]
-        return [after - before for before, after in itertools.pairwise(moments)][WARM_UP:]
+    def iteration_s(self) -> float:
+        """Return the seconds of an iteration, the mean of one run without its warm-up."""
+        run = nst_model.stylize(self._model, self._content, self._styles, self._options)
+        return mean_step([time.perf_counter() for _ in run])
 
 
-async def streamed(client: AsyncClient, size_px: int, iterations: int) -> tuple[list[float], float]:
-    """Return the time of each iteration of one streamed run with a frame for each, and the time to the first frame."""
+def mean_step(moments: list[float]) -> float:
+    """Return the mean time between two iterates, seconds, given the moment of each; those of the warm-up are left out.
+
+    A mean and not a median, in which an iteration that had to wait for a frame now and then would not be seen.
+    """
+    counted = moments[WARM_UP:]
+    return (counted[-1] - counted[0]) / (len(counted) - 1)
+
+
+async def streamed(client: AsyncClient, size_px: int, iterations: int) -> tuple[float, float]:
+    """Return the seconds of an iteration, of one run streamed with a frame for each, and those to the first frame."""
     files = [png(picture(size_px, seed)) for seed in (1, 0)]
+    options = {"preset": "gatys", "size_px": size_px, "iterations": iterations + WARM_UP}
     began = time.perf_counter()
     first_frame, moments = 0.0, []
-    async with client.stylize(
-        *files, preset="gatys", size_px=size_px, iterations=iterations, preview=Preview(interval=1, size_px=size_px)
-    ) as run:
+    async with client.stylize(*files, **options, preview=Preview(interval=1, size_px=size_px)) as run:
         async for event in run:
             if isinstance(event, Frame) and not first_frame:
                 first_frame = time.perf_counter() - began
             if isinstance(event, Progress):
                 moments.append(event.elapsed_s)
-    return [after - before for before, after in itertools.pairwise(moments)][WARM_UP:], first_frame
+    return mean_step(moments), first_frame
 
 
 async def cancel_seconds(client: AsyncClient, size_px: int, after_iterations: int) -> float:
@@ -140,43 +148,54 @@ def worker_pid(server_pid: int) -> int:
     return max(children(server_pid), key=memory_mib)
 
 
-async def overhead(device: str, size_px: int, iterations: int, rounds: int) -> dict[str, float]:
-    """Return the seconds of an iteration alone and streamed with a frame each, interleaved, and what that adds."""
-    core = Core(device, size_px, iterations)
-    alone: list[float] = []
-    served: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, running_server(device, Path(folder)) as (address, _):
-        async with AsyncClient(address) as client:
-            await streamed(client, size_px, WARM_UP + 1)
-            for _ in range(rounds):
-                alone += await asyncio.to_thread(core.iteration_seconds)
-                served += (await streamed(client, size_px, iterations))[0]
-    alone_s, served_s = statistics.median(alone), statistics.median(served)
-    return {"size_px": size_px, "alone_s": alone_s, "served_s": served_s, "added": served_s / alone_s - 1}
-
-
-async def measure(device: str, size_px: int, iterations: int, rounds: int) -> list[str]:
-    """Return the table's lines."""
-    core = Core(device, size_px, iterations)
-    alone: list[float] = []
-    served: list[float] = []
-    firsts: list[float] = []
+@contextlib.asynccontextmanager
+async def connected(device: str) -> AsyncIterator[tuple[AsyncClient, int]]:
+    """Run a server with an empty folder while the block lasts; the value is a client of it, and its process id."""
     with tempfile.TemporaryDirectory() as folder, running_server(device, Path(folder)) as (address, pid):
-        front_mib, worker_mib = memory_mib(pid), memory_mib(worker_pid(pid))
         async with AsyncClient(address) as client:
-            await streamed(client, size_px, WARM_UP + 1)
-            for _ in range(rounds):
-                alone += await asyncio.to_thread(core.iteration_seconds)
-                seconds, first = await streamed(client, size_px, iterations)
-                served += seconds
-                firsts.append(first)
-            cancels = [await cancel_seconds(client, size_px, after) for after in range(1, rounds + 1)]
-    iteration_s, served_s = statistics.median(alone), statistics.median(served)
-    first_ms = 1000 * (statistics.median(firsts) - iteration_s)
-    cancel_ms = [1000 * (seconds - iteration_s) for seconds in (statistics.median(cancels), max(cancels))]
+            yield client, pid
+
+
+async def compared(
+    client: AsyncClient, model: FeatureModel, size_px: int, iterations: int, rounds: Iterable[object]
+) -> dict[str, Any]:
+    """Return the seconds of an iteration alone and streamed with a frame each, in turns, and what that adds."""
+    core = Core(model, size_px, iterations)
+    await streamed(client, size_px, 1)
+    alone, served, firsts = [], [], []
+    for _ in rounds:
+        alone.append(await asyncio.to_thread(core.iteration_s))
+        seconds, first = await streamed(client, size_px, iterations)
+        served.append(seconds)
+        firsts.append(first)
+    alone_s, served_s = statistics.median(alone), statistics.median(served)
+    return {
+        "size_px": size_px,
+        "iterations": iterations,
+        "alone_s": alone_s,
+        "served_s": served_s,
+        "added": served_s / alone_s - 1,
+        "first_frame_s": statistics.median(firsts),
+    }
+
+
+async def overhead(model: FeatureModel, size_px: int, iterations: int, rounds: Iterable[object]) -> dict[str, Any]:
+    """Return what a server on the model's device adds to an iteration: see `compared`."""
+    async with connected(str(model.device)) as (client, _):
+        return await compared(client, model, size_px, iterations, rounds)
+
+
+async def measure(model: FeatureModel, size_px: int, iterations: int, rounds: int) -> list[str]:
+    """Return the table's lines."""
+    async with connected(str(model.device)) as (client, pid):
+        front_mib, worker_mib = memory_mib(pid), memory_mib(worker_pid(pid))
+        found = await compared(client, model, size_px, iterations, range(rounds))
+        cancels = [await cancel_seconds(client, size_px, after) for after in range(1, rounds + 1)]
+    first_ms = 1000 * (found["first_frame_s"] - found["alone_s"])
+    cancel_ms = [1000 * (seconds - found["alone_s"]) for seconds in (statistics.median(cancels), max(cancels))]
     return [
         f"| one iteration at {size_px} px: core alone; streamed, with a frame each; added "
-        f"| {iteration_s:.3f} s; {served_s:.3f} s; {100 * (served_s / iteration_s - 1):+.1f} % |",
+        f"| {found['alone_s']:.3f} s; {found['served_s']:.3f} s; {100 * found['added']:+.1f} % |",
         f"| warm request to first frame, beyond one iteration | {first_ms:.0f} ms |",
         f"| cancel to worker free, beyond a closure: median; worst | {cancel_ms[0]:+.0f} ms; {cancel_ms[1]:+.0f} ms |",
         f"| memory at rest: front; worker | {front_mib:.0f} MiB; {worker_mib:.0f} MiB |",
@@ -191,8 +210,10 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    reuse_memory()  # as a worker does
+    model = FeatureModel(load_weights(nst_model.DEFAULT_MODEL), options.device)
     print("| what | figure |\n| --- | --- |")
-    print("\n".join(asyncio.run(measure(options.device, options.size, options.iterations, options.rounds))))
+    print("\n".join(asyncio.run(measure(model, options.size, options.iterations, options.rounds))))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ LEAST_VARIANCE = 1e-5
 
 def luminance(picture: Tensor) -> Tensor:
     """Return the luminance of a picture, (1, H, W)."""
-    return (picture * picture.new_tensor(LUMA)[:, None, None]).sum(dim=0, keepdim=True)
+    red, green, blue = LUMA  # as numbers: a tensor of them would be copied to the device, and waited for
+    return red * picture[:1] + green * picture[1:2] + blue * picture[2:]
 
 
 def gray(picture: Tensor) -> Tensor:

@@ -173,6 +173,27 @@ Loops = dict[torch.Size, tuple[Hashable, Loop]]
 """Size of the picture that is optimized, (1, 3, H, W) → form and loop of what has been recorded there."""
 
 
+class Recordings:
+    """What the last run on a device has recorded, for the next one: of runs of one kind only, since it holds memory."""
+
+    def __init__(self) -> None:
+        self._kind: Hashable = None
+        self._loops: Loops | None = None
+
+    def of(self, kind: Hashable, is_room: Callable[[], bool]) -> Loops | None:
+        """Return what has been left by a run of a kind, or None if nothing shall be.
+
+        What one of another kind has left is given back first, before it is asked whether there `is_room` to leave
+        anything.
+        """
+        if kind != self._kind:
+            if self._loops is not None:
+                self._loops.clear()  # even if whoever left it is still there
+            self._kind, self._loops = kind, None
+            self._loops = {} if is_room() else None
+        return self._loops
+
+
 def minimize(
     objective: Any,
     targets: dict[str, Tensor],
@@ -202,7 +223,8 @@ class Descent:
         loops: what earlier runs have recorded. This one takes what fits, and leaves what it has; nothing if None.
 
     Attributes:
-        closure: the objective of that scale; whoever iterates sets it.
+        closure: the objective of that scale; whoever iterates sets it. It may become another one of the same form, with
+            the same numbers, for which there is a recording.
         scale: which scale comes next or is being worked on, from 0.
         over: whether the run has ended by itself.
         picture: (1, 3, H, W), what to begin the next scale with, once one has ended.
@@ -227,6 +249,7 @@ class Descent:
         self._optimizer: LBFGS | Adam | None = None
         self._watch: _Watch | None = None  # of the scale that is being worked on
         self._loop: Loop | None = None
+        self._former: Loop | None = None  # the one before, as long as its recording may serve
         self._average = _Average(options.averaging)
         self._before: Iterate | None = None  # the best one known when the watch began
         self._latest: Iterate | None = None
@@ -258,7 +281,7 @@ class Descent:
 
     def begin(self, start: Tensor) -> None:
         """Begin the next scale from its first picture, (1, 3, H, W)."""
-        self._optimizer = self._optimizer_for(start, self._budgets[self.scale])
+        self._optimizer = self._optimizer_for(start)
         self._leave_loop()
         self._watch = _Watch(self._optimizer.x.clone())
         self._average = _Average(self._options.averaging)
@@ -328,27 +351,29 @@ class Descent:
         """Evaluate and step, from a recording if there is one of this objective and this optimizer, or one like it."""
         assert self.closure is not None, "set the closure before the iterates"
         if self._loop is None or (self._loop.closure, self._loop.optimizer) != (self.closure, self._at):
-            self._loop = None  # its memory first
-            self._loop = Loop.of(self.closure, self._at)
-        if self._loops is not None and self._loop.recorded.possible and not self._loop.recorded.made:
-            self._resume(self._loop, self._loops)
+            self._former, self._loop = self._loop, Loop.of(self.closure, self._at)
+        if self._loop.recorded.possible and not self._loop.recorded.made:
+            self._resume(self._loop)
         return self._loop.recorded()
 
-    def _resume(self, loop: Loop, loops: Loops) -> None:
-        """Let the recorded one of these loops go on where `loop` is, if it is of the same form."""
+    def _resume(self, loop: Loop) -> None:
+        """Let a recorded loop of the same form go on where `loop` is: this run's own until now, or another's."""
         form = loop.form
         if form is None:
             return
-        kept_form, kept = loops.pop(self._at.x.shape, (None, loop))
-        if kept_form == form:
-            kept.take(loop)
-            self._loop, self.closure, self._optimizer = kept, kept.closure, kept.optimizer
+        kept, self._former = self._former, None
+        if kept is None or not kept.recorded.made or kept.form != form:
+            kept_form, kept = (self._loops or {}).pop(self._at.x.shape, (None, loop))
+            if kept_form != form:
+                return
+        kept.take(loop)
+        self._loop, self.closure, self._optimizer = kept, kept.closure, kept.optimizer
 
     def _leave_loop(self) -> None:
         """Leave what has been recorded to whoever comes: nobody needs it here any more."""
         if self._loops is not None and self._loop is not None and self._loop.recorded.made:
             self._loops[self._loop.optimizer.x.shape] = self._loop.form, self._loop
-        self._loop = None
+        self._loop = self._former = None
 
     def _wanted(self, index: int) -> bool:
         """Return whether there shall be an iterate of that index at this scale."""
@@ -397,7 +422,7 @@ class Descent:
         for name, iterate in (("best", watch.best), ("before", self._before), ("latest", self._latest)):
             if iterate is not None and not (name == "latest" and not self._options.averaging):
                 tensors[name] = iterate.picture
-                values[name] = _numbers(iterate)
+                values[name] = _without_picture(iterate)
         return State(tensors, values)
 
     def restore(self, state: State) -> None:
@@ -453,14 +478,14 @@ class Descent:
         done = np.cumsum(np.append(per_iteration, self._pixels[-1]))
         return float(done[min(index, len(done) - 1)] / done[-1])
 
-    def _optimizer_for(self, start: Tensor, budget: int) -> LBFGS | Adam:
+    def _optimizer_for(self, start: Tensor) -> LBFGS | Adam:
         if isinstance(self._optimizer, Adam) and self._options.optimizer is Optimizer.ADAM:
             return self._optimizer.carried(start, self._options.margin_px)
         if self._options.optimizer is Optimizer.ADAM:
             return Adam(start, self._options.learning_rate)
         spectral = self._options.curvature is Curvature.SPECTRAL
         stored = torch.bfloat16 if self._memory.number_bytes < start.element_size() else None
-        return LBFGS(start, min(self._memory.pairs, budget), stored=stored, spectral=spectral)
+        return LBFGS(start, self._memory.pairs, stored=stored, spectral=spectral)
 
     def _read(self, evaluation: _Evaluation) -> Iterate | None:
         """Return the next iterate, None if it is not finite."""
@@ -496,7 +521,7 @@ class _Numbers:
             self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             self._vector.copy_(vector, non_blocking=True)
             self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(vector.device))
 
     @functools.cached_property
     def values(self) -> list[float]:
@@ -620,8 +645,8 @@ def _kind(optimizer: LBFGS | Adam) -> Optimizer:
     return Optimizer.LBFGS if isinstance(optimizer, LBFGS) else Optimizer.ADAM
 
 
-def _numbers(iterate: Iterate) -> dict[str, Any]:
-    """Return all of an iterate but its picture; one on the way has no reason to stop."""
+def _without_picture(iterate: Iterate) -> dict[str, Any]:
+    """Return all else of an iterate; one on the way has no reason to stop."""
     values = {item.name: getattr(iterate, item.name) for item in fields(iterate)}
     del values["picture"], values["stop_reason"]
     return {**values, "style_losses": dict(iterate.style_losses)}

@@ -15,6 +15,9 @@ from nst_model.options import Precision
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
+CUDA_OVERHEAD = 1 / 16
+"""Part of a GPU's memory that is left to its driver, to CUDA's libraries and to the feature model."""
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt, from malloc.h."""
 
@@ -59,7 +62,16 @@ def memory_bytes(device: torch.device) -> int:
     """Return how much memory computations on a device may take: of a GPU what is free, of a CPU what there is."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device))
+        # What PyTorch holds of it without using it is free as well.
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return lasting_memory_bytes(device)
+
+
+def lasting_memory_bytes(device: torch.device) -> int:
+    """Return how much memory computations on a device may take when nothing else does: the same at any time."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return int(total * (1 - CUDA_OVERHEAD))
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,8 +6,10 @@ graph launches them together.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -25,27 +27,44 @@ WARM_UP = 2
 class Recorder(Protocol):
     """Records work on one kind of device."""
 
-    def __call__(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        """Record `work` without doing it; return what does it, and where its vector will then be."""
+    def __call__(self, work: Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        """Record `work` on `device` without doing it; return what does it, and where its vector will then be.
+
+        Raises RuntimeError, or a warning as an error, if it cannot be recorded.
+        """
 
 
-def cuda_graph(work: Work) -> tuple[Callable[[], None], Tensor]:
-    """Record work on the current CUDA device, on a stream of its own."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the device: one sends pictures.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        vector = work()
+def cuda_graph(work: Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record work on a CUDA device, whichever is the current one."""
+    stream = _recording_stream(device)
+    # The stream once more than `torch.cuda.graph` does, which leaves it as the current one when a recording fails.
+    with warnings.catch_warnings(), torch.cuda.device(device), torch.cuda.stream(stream):
+        # A graph into which nothing was recorded would do nothing, each time; PyTorch only warns.
+        warnings.filterwarnings("error", message="The CUDA Graph is empty")
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device: one sends pictures.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            vector = work()
     return graph.replay, vector
 
 
-RECORDERS: Mapping[str, Recorder] = {"cuda": cuda_graph}
-"""By the kind of device; elsewhere nothing is recorded."""
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for recording: always the same, since libraries keep memory for each stream that they see."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
+"""By the kind of device; elsewhere nothing is recorded, nor any more where a recording was refused."""
 
 
 class Recorded:
     """Work that is done as it is written at first, and from a recording after WARM_UP calls.
 
-    If it cannot be recorded it goes on as it is, and the log says so.
+    If it cannot be recorded it goes on as it is, the log says so, and nothing is recorded any more in this process: it
+    would be refused again, and older versions of PyTorch do not quite recover from that (pytorch#180395). If memory is
+    wanting, another recording may do with less.
 
     Args:
         work: what is to be done.
@@ -54,6 +73,7 @@ class Recorded:
 
     def __init__(self, work: Work, device: torch.device) -> None:
         self._work = work
+        self._device = device
         self._recorder = RECORDERS.get(device.type)
         self._calls = 0
         self._recording: tuple[Callable[[], None], Tensor] | None = None
@@ -81,7 +101,9 @@ class Recorded:
 
     def _record(self, recorder: Recorder) -> None:
         try:
-            self._recording = recorder(self._work)
-        except RuntimeError as error:  # whatever the reason, the work can be done without
+            self._recording = recorder(self._work, self._device)
+        except (RuntimeError, UserWarning) as error:  # whatever the reason, the work can be done without
             self._recorder = None
+            if not isinstance(error, torch.OutOfMemoryError):
+                RECORDERS.pop(self._device.type, None)
             log.warning("an iteration cannot be recorded, and is launched kernel by kernel: %s", error)

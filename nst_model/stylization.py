@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nst_model.color import gray, moments, recolored, with_luminance
-from nst_model.descent import Closure, Descent, Iterate, Loops
-from nst_model.devices import deterministic, memory_bytes, resolve_device, resolve_precision
+from nst_model.descent import Closure, Descent, Iterate, Loops, Recordings
+from nst_model.devices import deterministic, lasting_memory_bytes, memory_bytes, resolve_device, resolve_precision
 from nst_model.errors import DamagedState, InvalidImage, InvalidOption
 from nst_model.losses import POSITIONED, Targets, mixed_targets, style_targets
 from nst_model.margin import mirrored, trimmed
@@ -49,6 +50,11 @@ from nst_model.torchscript import script
 from nst_model.weights import FeatureWeights
 
 GRAY, NOISE_SPREAD = 0.5, 0.1
+
+RECORDED_PEAKS = 3
+"""What a run takes at most that leaves its recordings, and one that takes them over, as a multiple of the peak of a run
+that does neither. The recordings of all scales hold twice the finest's, each having twice the pixels of the one before;
+beside them the next run makes its own first evaluations before it takes over."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +135,24 @@ class FeatureModel:
         weights: what `load_weights` returns.
         device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
         memory_bytes: what a stylization may take of the device's memory; 0 for what it has.
+        recordings: what is shared with other feature models on the device, as that is only ever one's at a time; its
+            own if None.
     """
 
-    def __init__(self, weights: FeatureWeights, device: str | torch.device = "auto", memory_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        weights: FeatureWeights,
+        device: str | torch.device = "auto",
+        memory_bytes: int = 0,
+        recordings: Recordings | None = None,
+    ) -> None:
         self.weights = weights
         self._memory_bytes = memory_bytes
         self.device = resolve_device(str(device))
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # else convolutions in FP32 keep 10 bits of their 23
         self._trunks: dict[Any, Trunk] = {}
-        self._loops: Loops = {}
-        self._loops_of: Any = None
+        self._recordings = recordings or Recordings()
 
     def precision(self, options: StylizeOptions) -> Precision:
         """Return the arithmetic that `options` lead to on this device: FP32 or BF16."""
@@ -147,20 +160,20 @@ class FeatureModel:
 
     def memory(self, options: StylizeOptions, height: int, width: int) -> Memory:
         """Return how L-BFGS shall remember, for a picture of that size to fit."""
-        limit = self._memory_bytes or memory_bytes(self.device)
-        return fitting_memory(options, height, width, self.weights.architecture, limit)
+        return fitting_memory(options, height, width, self.weights.architecture, self._limit_bytes(options))
 
     def loops(self, options: StylizeOptions, height: int, width: int) -> Loops | None:
-        """Return what the last run has left for another of the same sizes, None if there is no room to leave anything.
+        """Return what the last run has left for another of the same sizes, None where there is no room for it."""
+        peak = peak_bytes(options, height, width, self.weights.architecture)
+        model = (self.weights.name, self.weights.sha256)
+        kind = (model, height, width, options.first_size_px, options.margin_px, peak, options.deterministic)
+        return self._recordings.of(kind, lambda: RECORDED_PEAKS * peak <= self._limit_bytes(options))
 
-        Recordings hold memory, those of all scales together less than the finest's twice.
-        """
-        sizes = (height, width, options.first_size_px, options.margin_px)
-        memory, limit = self.memory(options, height, width), self._memory_bytes or memory_bytes(self.device)
-        room = 2 * peak_bytes(options, height, width, self.weights.architecture, memory) <= limit
-        if sizes != self._loops_of or not room:
-            self._loops_of, self._loops = sizes, {}
-        return self._loops if room else None
+    def _limit_bytes(self, options: StylizeOptions) -> int:
+        if self._memory_bytes:
+            return self._memory_bytes
+        # What is free at the moment must not choose what a run is like that shall be the same each time.
+        return lasting_memory_bytes(self.device) if options.deterministic else memory_bytes(self.device)
 
     def trunk(self, options: StylizeOptions) -> Trunk:
         """Return the trunk that yields every layer that the options name."""
@@ -299,8 +312,8 @@ class Stylization:
         self._check_kept(options)
         with self._repeatable():
             self._scene = _Scene(model, content, styles, options, targets_of or model.style_targets)
+        self._loops = model.loops(options, *content.shape[1:])  # gives memory back
         self._memory = model.memory(options, *content.shape[1:])
-        self._loops = model.loops(options, *content.shape[1:])
         self._descent = Descent(options, self._pixels(), stop, self._memory, self._loops)
 
     def __iter__(self) -> Iterator[Iterate]:
@@ -522,7 +535,7 @@ def to_pixels(picture: Tensor, *, bits: int = 8) -> np.ndarray:
     uint8 in [0, 255], or with 16 `bits` uint16 in [0, 65535].
     """
     with _aside(picture.device):
-        levels = picture.clamp(0, 1).mul(2**bits - 1).round()
+        levels = picture.clamp(0, 1).mul_(2**bits - 1).round_()
         pixels = levels.to(torch.uint8 if bits == 8 else torch.int32)  # torch computes little in uint16
         pixels = pixels.permute(1, 2, 0).contiguous()
         if pixels.is_cuda:
@@ -536,11 +549,18 @@ def _aside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    aside.wait_stream(before)
+    aside = _frame_stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         yield
     aside.synchronize()
+
+
+@functools.cache
+def _frame_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that pictures leave a device by: always the same, for memory freed on one serves it alone."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
 
 
 def from_pixels(pixels: np.ndarray) -> Tensor:

@@ -35,6 +35,7 @@ from nst_model import (
     StyleFile,
     StylizeOptions,
 )
+from nst_model.descent import Recordings
 from nst_model.devices import memory_bytes, return_memory, reuse_memory
 from nst_model.errors import DamagedState
 from nst_model.options import MOMENTS, STEERABLE
@@ -119,13 +120,14 @@ class Worker:
         self._keeper = _Keeper(blobs, config.checkpoint_interval_s, sender)
         self._grams = GramCache(config.grams)
         self._models: dict[str, FeatureModel] = {}
+        self._recordings = Recordings()
         self.model(config.model)
 
     def model(self, name: str) -> FeatureModel:
         """Return a feature model on this worker's device, loaded once."""
         if name not in self._models:
             weights = load_weights(name, self._config.weights.get(name))
-            self._models[name] = FeatureModel(weights, self._device, self._config.memory_bytes)
+            self._models[name] = FeatureModel(weights, self._device, self._config.memory_bytes, self._recordings)
         return self._models[name]
 
     def run(self, task: Task, control: Control) -> Ending:

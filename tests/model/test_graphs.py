@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nst_model import FeatureModel, Iterate, Style, StylizeOptions, graphs
-from nst_model.descent import AHEAD
+from nst_model.descent import AHEAD, Recordings
 from nst_model.graphs import WARM_UP, Recorded, Work
+from nst_model.memory import peak_bytes
 from nst_model.stylization import Stylization
 from tests.model.test_resume import RUNS, same
 
@@ -64,10 +68,11 @@ class Replaying:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
         self.recorded += 1
         assert isinstance(work, functools.partial)
         optimizer = work.args[1]
+        assert optimizer.x.device == device
         before = optimizer.state()
         tape = Tape()
         with tape:
@@ -120,7 +125,7 @@ def test_a_recorded_run_is_the_same_to_the_bit(
 def test_a_recording_serves_one_objective_and_one_optimizer(
     tiny_model: FeatureModel, picture: Picture, monkeypatch: pytest.MonkeyPatch, recorder: Replaying
 ) -> None:
-    """Steered, the run is recorded anew; by other budgets it is not."""
+    """Steered, the run is recorded anew if it then has other layers; by other weights and budgets it is not."""
 
     def steered() -> list[Iterate]:
         making, seen = run(tiny_model, picture, iterations=20, first_size_px=512), []
@@ -128,8 +133,10 @@ def test_a_recording_serves_one_objective_and_one_optimizer(
             seen.append(iterate)
             if iterate.index == 6:
                 making.steer(iterations=18)
-            if iterate.index == 10:
-                making.steer(content_weight=0.5)
+            if iterate.index == 8:
+                making.steer(content_weight=0.5, style_layers={**making.options.style_layers, "relu2_1": 3.0})
+            if iterate.index == 12:
+                making.steer(content_layers={"relu3_1": 1.0})
         return seen
 
     with_recordings = steered()
@@ -230,16 +237,38 @@ def test_runs_that_take_turns_have_recordings_of_their_own(
 def test_nothing_is_left_where_there_is_no_room(
     tiny_model: FeatureModel, picture: Picture, recorder: Replaying
 ) -> None:
-    """A recording holds memory, which a job of another size may need."""
-    model, (job, *_) = FeatureModel(tiny_model.weights, "cpu"), jobs(picture)
-    done(model, job)
-    assert model.loops(StylizeOptions(first_size_px=34), 40, 48)
-    assert model.loops(StylizeOptions(first_size_px=34), 40, 47) == {}
-    tight = FeatureModel(tiny_model.weights, "cpu", 300 * 2**20)
-    done(tight, job)
-    done(tight, job)
-    assert recorder.recorded == 6
-    assert tight.loops(StylizeOptions(first_size_px=34), 40, 48) is None
+    """A recording holds memory: those of a job, and what the next one does first, may not take more than there is."""
+    weights, (job, *_) = tiny_model.weights, jobs(picture)
+    peak = peak_bytes(StylizeOptions(first_size_px=34, history=5), 40, 48, weights.architecture)
+    for limit, count in ((3 * peak, 2), (3 * peak - 1, 4)):
+        model, before = FeatureModel(weights, "cpu", limit), recorder.recorded
+        done(model, job)
+        done(model, job)
+        assert recorder.recorded - before == count, limit
+
+
+def test_what_a_job_of_another_kind_has_left_is_given_back(
+    tiny_model: FeatureModel, picture: Picture, recorder: Replaying
+) -> None:
+    """Before it is looked at how much memory there is: of another size, and of another feature model."""
+    left: list[weakref.ref[Tensor]] = []
+    recordings = Recordings()
+    first, second = (
+        FeatureModel(dataclasses.replace(tiny_model.weights, sha256=sha256), "cpu", recordings=recordings)
+        for sha256 in ("1" * 64, "2" * 64)
+    )
+    options, styles = StylizeOptions(first_size_px=34, history=5, iterations=8), [Style(picture(40, 48, 2))]
+    for model, height in ((first, 40), (second, 40), (second, 39)):
+        making = Stylization(model, picture(height, 48, 1), styles, options)
+        assert not any(x() is not None for x in left)
+        list(making)
+        del making
+        assert recorder.recorded == len(left) + 2
+        loops = model.loops(options, height, 48)
+        assert loops is not None
+        assert len(loops) == 2
+        left += [weakref.ref(loop.optimizer.x) for _, loop in loops.values()]
+        del loops
 
 
 def test_what_cannot_be_recorded_is_done_as_it_is(
@@ -248,7 +277,7 @@ def test_what_cannot_be_recorded_is_done_as_it_is(
     """It is tried once, nothing is left out or done twice, and the log says why, in one line."""
     tried = []
 
-    def refusing(_: Work) -> Any:
+    def refusing(*_: object) -> Any:
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -271,10 +300,124 @@ def test_a_vector_is_not_overwritten_by_the_next_call(monkeypatch: pytest.Monkey
     def count() -> Tensor:
         return counter.add_(1) * 2
 
-    monkeypatch.setattr(graphs, "RECORDERS", {"cpu": lambda work: (lambda: vector.copy_(work()), vector)})
+    monkeypatch.setattr(graphs, "RECORDERS", {"cpu": lambda work, _: (lambda: vector.copy_(work()), vector)})
     work = Recorded(count, torch.device("cpu"))
     vectors = [work() for _ in range(6)]
     assert [each.tolist() for each in vectors] == [[2.0 * call] * 3 for call in range(1, 7)]
+
+
+class Cuda:
+    """What PyTorch keeps of CUDA's current device and stream, for `torch.cuda.graph` as it is where there is no GPU.
+
+    Attributes:
+        device: the current one.
+        stream: the current one.
+        outcome: what the end of a recording does.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device, self.stream = 0, "default"
+        self.outcome: Callable[[], object] = lambda: None
+        cuda = self
+
+        class Stream:
+            def __init__(self, stream: str) -> None:
+                self._stream = stream
+
+            def __enter__(self) -> None:
+                self._before, cuda.stream = cuda.stream, self._stream
+
+            def __exit__(self, *_: object) -> None:
+                cuda.stream = self._before
+
+        class Graph:
+            replay = None
+
+            def capture_begin(self, **_: object) -> None:
+                """Begin."""
+
+            def capture_end(self) -> None:
+                cuda.outcome()
+
+        monkeypatch.setattr(torch.cuda, "_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(graphs, "_recording_stream", lambda device: f"recording on {device}")
+
+    def _exchange(self, device: int) -> int:
+        before, self.device = self.device, device
+        return before
+
+    @property
+    def current(self) -> tuple[int, str]:
+        """Device and stream."""
+        return self.device, self.stream
+
+
+def refused() -> None:
+    """End as where something in a recording has waited for the device."""
+    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def empty() -> None:
+    """End as where nothing was launched on the stream that was recorded."""
+    warnings.warn("The CUDA Graph is empty. This usually means that the graph was attempted", UserWarning, stacklevel=1)
+
+
+def test_a_recording_is_made_on_the_devices_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever device is the current one, which it then is again."""
+    cuda, seen = Cuda(monkeypatch), []
+
+    def work() -> Tensor:
+        seen.append(cuda.current)
+        return torch.zeros(1)
+
+    graphs.cuda_graph(work, torch.device("cuda", 1))
+    assert seen == [(1, "recording on cuda:1")]
+    assert cuda.current == (0, "default")
+
+
+@pytest.mark.filterwarnings("default:The CUDA Graph is empty")
+@pytest.mark.parametrize("outcome", [refused, empty])
+def test_a_refused_recording_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, outcome: Callable[[], None]
+) -> None:
+    """Work goes on where it was, as it is; an empty recording counts as refused; none is tried again."""
+    cuda, seen = Cuda(monkeypatch), []
+    cuda.outcome = outcome
+    monkeypatch.setattr(graphs, "RECORDERS", {"cuda": graphs.cuda_graph})
+
+    def work() -> Tensor:
+        seen.append(cuda.current)
+        return torch.zeros(1)
+
+    device = torch.device("cuda", 1)
+    for _ in range(2):
+        recorded = Recorded(work, device)
+        for _ in range(WARM_UP + 2):
+            recorded()
+    assert seen.count((1, "recording on cuda:1")) == 1
+    assert seen.count((0, "default")) == 2 * (WARM_UP + 2)
+    assert len(caplog.records) == 1
+
+
+def test_want_of_memory_refuses_no_other_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next picture may be smaller."""
+
+    def short(*_: object) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(graphs, "RECORDERS", {"cpu": short})
+    for _ in range(2):
+        work = Recorded(lambda: torch.ones(1), torch.device("cpu"))
+        assert work.possible
+        assert [float(work()) for _ in range(4)] == [1.0] * 4
+        assert not work.possible
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

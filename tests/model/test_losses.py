@@ -13,6 +13,7 @@ from nst_model.losses import (
     CONTENT_LOSSES,
     STYLE_LOSSES,
     covariance,
+    covariance_root,
     gram,
     inverse_root,
     mixed_targets,
@@ -324,3 +325,19 @@ def _check_returned_gradient(module: Any, features: torch.Tensor) -> None:
         after, before = (float(module(features + sign * step * direction, ONE)[0]) for sign in (1, -1))
         slope = 3 * (after - before) / (2 * step)
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=1e-8)
+
+
+def test_a_styles_root_is_found_once_and_never_touched() -> None:
+    """Whoever overwrites one objective's targets, as a recording's are, does not overwrite another's."""
+    style = style_targets(random(1, 12, 9, 9, seed=5), StyleLoss.WASSERSTEIN)
+    covariance_root.cache_clear()
+    first, second = (STYLE_LOSSES[StyleLoss.WASSERSTEIN](style) for _ in range(2))
+    assert covariance_root.cache_info().misses == 1
+    expected = dict(second.named_buffers())["root"].clone()
+    for buffer in first.buffers():
+        buffer.zero_()
+    third = STYLE_LOSSES[StyleLoss.WASSERSTEIN](style_targets(random(1, 12, 9, 9, seed=5), StyleLoss.WASSERSTEIN))
+    for loss in (second, third):
+        assert torch.equal(dict(loss.named_buffers())["root"], expected)
+    STYLE_LOSSES[StyleLoss.WASSERSTEIN](style_targets(random(1, 12, 9, 9, seed=6), StyleLoss.WASSERSTEIN))
+    assert covariance_root.cache_info().misses == 2

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import nst_model
 from nst_model import FeatureModel, Iterate, Style, StyleLoss, StylizeOptions
@@ -158,20 +159,47 @@ def test_an_iteration_asks_for_no_number(tiny_model: FeatureModel, picture: Pict
     assert len(numbers) == 4 + len(options.style_layers) + 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_no_iteration_waits_for_a_gpu(tiny_model: FeatureModel, picture: Picture) -> None:
-    """PyTorch raises where the host would wait."""
-    model = FeatureModel(tiny_model.weights, "cuda")
-    for loss in StyleLoss:
-        options = StylizeOptions(style_loss=loss, precision="fp32")
-        objective = model.objective([model.style_targets(Style(picture(40, 48, 2)), options)], options)
-        content = picture(40, 48, 1).cuda()
-        closure = Closure(objective, content_targets(objective, content))
-        at = LBFGS(content[None], 4)
-        launch(closure, at)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(8):
-                launch(closure, at)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+WAITS = {"tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
+"""What a host asks a tensor's numbers by."""
+BRINGS = {"tensor", "as_tensor", "new_tensor", "from_numpy"}
+"""What it makes tensors of numbers by, whose copy to a device it waits for."""
+
+
+class Noting(TorchFunctionMode):
+    """Notes in a list whatever the host would wait for on a device that computes by itself."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__()
+        self._notes = notes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in WAITS | BRINGS:
+            self._notes.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"color": "luminance"}, {"preset": "gatys"}, {"optimizer": "adam", "averaging": 0.5}, {"plateau": 0.01}],
+    ids=str,
+)
+def test_the_next_evaluation_is_launched_before_the_numbers_of_the_last_are_read(
+    make: Make, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """In that order, from one iterate to the next, and the host asks for nothing else."""
+    notes: list[str] = []
+    real = nst_model.descent.Closure.__call__
+
+    def noted(self: Any, image: torch.Tensor) -> Any:
+        notes.append("launched")
+        return real(self, image)
+
+    monkeypatch.setattr(nst_model.descent.Closure, "__call__", noted)
+    iterates = iter(make(1, **{"iterations": 8, "first_size_px": 512, **options}))
+    next(iterates)
+    assert notes == ["launched", "launched"]
+    notes.clear()
+    with Noting(notes):
+        assert len(list(iterates)) == 8
+    assert notes == ["launched", "tolist"] * 7 + ["tolist"]

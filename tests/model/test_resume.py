@@ -127,15 +127,15 @@ def test_another_runs_state_is_refused(make: Make) -> None:
 
 def test_more_iterations_on_the_way_change_nothing_but_the_end(make: Make) -> None:
     """The optimizer remembers what it knew; with fewer, the run ends with the best picture so far."""
-    options = {"first_size_px": 512, "history": 5}
-    longer = list(make(iterations=9, **options))
+    options: dict[str, Any] = {"first_size_px": 512}
+    longer = list(make(iterations=16, **options))
     run, seen = make(iterations=6, **options), []
     for iterate in run:
         seen.append(iterate)
         if iterate.index == 4:
-            run.steer(iterations=9)
+            run.steer(iterations=16)
     assert [i.loss for i in seen] == [i.loss for i in longer]
-    assert (seen[4].iterations, seen[5].iterations) == (6, 9)
+    assert (seen[4].iterations, seen[5].iterations) == (6, 16)
     assert seen[-1].stop_reason is StopReason.ITERATIONS
     run, seen = make(iterations=9, **options), []
     for iterate in run:

@@ -267,3 +267,19 @@ def test_where_memory_is_short_pairs_are_fewer_and_in_bf16(tiny_weights: Any, pi
             assert pairs.dtype is torch.float32
         ends.append(list(iterates)[-1].loss)
     assert ends[1] == pytest.approx(ends[0], rel=0.2)
+
+
+def test_what_is_free_at_the_moment_chooses_nothing_of_a_deterministic_run(
+    tiny_weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other takes what fits; the same bytes each time ask for the same memory each time."""
+    model = FeatureModel(tiny_weights, "cpu")
+    free = [2**40, 2**29]
+    monkeypatch.setattr("nst_model.stylization.memory_bytes", lambda _: free[0])
+    monkeypatch.setattr("nst_model.stylization.lasting_memory_bytes", lambda _: 2**40)
+    for deterministic in (False, True):
+        options = StylizeOptions(deterministic=deterministic)
+        first = model.memory(options, 512, 512)
+        free.reverse()
+        assert (model.memory(options, 512, 512) == first) is deterministic
+        free.reverse()
