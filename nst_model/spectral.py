@@ -30,8 +30,8 @@ PLACES_DECAY = 0.95
 PLACES_BOUND = 8.0
 """A place's inverse curvature is at most this many times their geometric mean, and at least as small a part of it."""
 
-BLUR_PX = 3
-"""Edge of the box by which a place's sums are smoothed, twice, in pixels of its passband."""
+BLURS = 2
+"""How often a place's sums are averaged with their eight neighbours', in pixels of its passband."""
 
 UNSEEN = 0.01
 """Places with less than this part of y's mean, as those outside all regions, have no part in the geometric mean."""
@@ -172,9 +172,12 @@ def ratios(places: Tensor) -> Tensor:
 
 def _by_place(parts: Tensor) -> Tensor:
     """Return the squares of s and y, (2, C, H, W), smoothed and relative to the mean of y's: (2, H · W)."""
-    squares = parts.square().sum(dim=1, keepdim=True)
-    for _ in range(2):
-        squares = F.avg_pool2d(squares, BLUR_PX, stride=1, padding=BLUR_PX // 2, count_include_pad=False)
+    squares = parts.square().sum(dim=1)
+    for _ in range(BLURS):
+        # Much faster on a CPU than the library's pooling.
+        padded = F.pad(squares, [1, 1, 1, 1], mode="replicate")
+        rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+        squares = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
     return squares.flatten(1) / squares[1].mean().clamp_min(torch.finfo(squares.dtype).tiny)
 
 
