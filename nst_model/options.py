@@ -271,7 +271,7 @@ PRESETS: Mapping[Preset, PresetValues] = MappingProxyType(
                 "style_weight": 30.0,
                 "style_layers": GATYS_LAYERS,
                 "pooling": Pooling.AVERAGE,
-                "history": 100,
+                "history": 50,
                 "style_loss": StyleLoss.GRAM,
                 "first_size_px": 4096,
                 "tv_weight": 0.0,

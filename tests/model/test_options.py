@@ -132,7 +132,7 @@ def test_presets_are_pinned() -> None:
             "style_weight": 30.0,
             "style_layers": {"relu1_1": 64.0, "relu2_1": 16.0, "relu3_1": 4.0, "relu4_1": 1.0, "relu5_1": 1.0},
             "pooling": "average",
-            "history": 100,
+            "history": 50,
             "style_loss": "gram",
             "first_size_px": 4096,
             "tv_weight": 0.0,

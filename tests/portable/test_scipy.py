@@ -34,7 +34,7 @@ def command(*words: str | Path) -> list[str | Path]:
 
 
 def our_loss(pictures: Path, sample: ModuleType) -> float:
-    """Return the loss that the engine ends at, from the same pictures by the same objective and mathematics."""
+    """Return the loss that the engine ends at, from the same pictures by the same objective."""
     photo, style = (
         torch.from_numpy(sample.read_picture(pictures / f"{name}.png", SIZE_PX)[0]) for name in ("photo", "style")
     )
@@ -46,7 +46,6 @@ def our_loss(pictures: Path, sample: ModuleType) -> float:
         style_layers=sample.STYLE_LAYERS,
         tv_weight=sample.TV_WEIGHT,
         history=sample.HISTORY,
-        curvature="uniform",
         padding="mirror",
         precision="fp32",
     )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
+from scipy.ndimage import uniform_filter
 from scipy.optimize import OptimizeResult, minimize
 
 CONTENT_WEIGHT = 1.0
@@ -26,6 +27,20 @@ STYLE_LAYERS = {"relu1_1": 256.0, "relu2_1": 64.0, "relu3_1": 16.0, "relu4_1": 4
 """Relative weights of layers; 1 for any other."""
 TV_WEIGHT = 200.0
 HISTORY = 20
+OCTAVES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Frequencies that FREEDOM is for, in cycles a pixel."""
+FREEDOM = (
+    (10.0, 8.0, 4.0, 1.0, 0.5, 0.45, 1.0),
+    (0.6, 0.7, 0.4, 0.3, 0.6, 2.4, 5.0),
+    (0.35, 0.4, 0.2, 0.12, 0.2, 0.7, 2.2),
+)
+"""Inverse curvature of lightness and of two opposed colors by frequency, as this project's own L-BFGS learns it."""
+PROBES = 2
+PROBE = 0.1
+"""Standard deviation of the noise by which the curvature of places is found, in the unknowns."""
+MOST_FREEDOM = 3.0
+"""A place's inverse curvature is at most this many times their geometric mean, and at least as small a part of it."""
+BLUR_PX = 5
 MIN_EDGE_PX = 16
 """Smallest edge whose deepest features still have a position."""
 CALLS = 7
@@ -84,6 +99,57 @@ class Objective:
         return np.pad(picture, ((0, 0), (0, 0), beside, beside), mode="reflect")
 
 
+class Unknowns:
+    """What L-BFGS sees in place of pixels: unknowns z in which the objective's curvature is nearly the same everywhere.
+
+    x = start + B·√Γ·√D·z. B takes lightness and two opposed colors to RGB. Γ is FREEDOM, a diagonal in the Fourier
+    domain; D is one in the picture, found by what a little noise does to the gradient. This is what an initial inverse
+    Hessian B·√Γ·D·√Γ·Bᵀ is to an L-BFGS that takes one, as SciPy's does not.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        _, self._channels, *self._size = objective.start.shape
+        height, width = self._size
+        rows = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]], float)
+        self._basis = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)).clip(min=OCTAVES[0])
+        by_octave = np.log(FREEDOM) / 2
+        self._root = np.exp([np.interp(np.log(frequency), np.log(OCTAVES), each) for each in by_octave])
+        self._scale = np.ones((height, width))
+        self._scale = self._by_place()
+
+    def pixels(self, z: np.ndarray) -> np.ndarray:
+        """Return the pixels, flat."""
+        moved = self._filtered(self._scale * z.reshape(self._channels, *self._size))
+        return self._objective.start.ravel() + np.tensordot(self._basis.T, moved, 1).ravel()
+
+    def __call__(self, z: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the loss and its gradient to z, flat."""
+        loss, gradient = self._objective(self.pixels(z))
+        pulled_back = np.tensordot(self._basis, gradient.reshape(self._channels, *self._size), 1)
+        return loss, (self._scale * self._filtered(pulled_back)).ravel()
+
+    def _filtered(self, pictures: np.ndarray) -> np.ndarray:
+        """Return √Γ·pictures, (C, H, W)."""
+        return np.fft.irfft2(np.fft.rfft2(pictures) * self._root, s=self._size)
+
+    def _by_place(self) -> np.ndarray:
+        """Return √D, (H, W)."""
+        random = np.random.default_rng(0)
+        unknowns = self._objective.start.size
+        _, here = self(np.zeros(unknowns))
+        squares = np.zeros(self._size)
+        for _ in range(PROBES):
+            _, there = self(PROBE * random.standard_normal(unknowns))
+            squares += ((there - here) ** 2).reshape(self._channels, *self._size).sum(axis=0)
+        for _ in range(2):
+            squares = uniform_filter(squares, BLUR_PX, mode="mirror")
+        logarithm = -np.log(squares) / 2
+        bound = np.log(MOST_FREEDOM)
+        return np.exp((logarithm - logarithm.mean()).clip(-bound, bound) / 2)
+
+
 def opened(folder: Path, graph: str) -> onnxruntime.InferenceSession:
     """Return an exported graph, ready to run. Ends the program if it is not there, or another."""
     file = folder / f"{graph}.onnx"
@@ -132,10 +198,10 @@ def optimize(objective: Objective, iterations: int) -> np.ndarray:
         iteration += 1
         print(f"{iteration}/{iterations}  loss {intermediate_result.fun:.6g}", flush=True)
 
-    start = objective.start.ravel().astype(np.float64)
+    unknowns, start = Unknowns(objective), np.zeros(objective.start.size)
     options = {"maxiter": iterations, "maxfun": sys.maxsize, "maxcor": HISTORY, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(objective, start, method="L-BFGS-B", jac=True, callback=report, options=options)
-    return found.x
+    found = minimize(unknowns, start, method="L-BFGS-B", jac=True, callback=report, options=options)
+    return unknowns.pixels(found.x)
 
 
 def benchmark(objective: Objective) -> dict[str, Any]:
