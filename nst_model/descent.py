@@ -190,7 +190,8 @@ class Recordings:
             if self._loops is not None:
                 self._loops.clear()  # even if whoever left it is still there
             self._kind, self._loops = kind, None
-            self._loops = {} if is_room() else None
+        if self._loops is None and is_room():
+            self._loops = {}
         return self._loops
 
 
@@ -351,7 +352,10 @@ class Descent:
         """Evaluate and step, from a recording if there is one of this objective and this optimizer, or one like it."""
         assert self.closure is not None, "set the closure before the iterates"
         if self._loop is None or (self._loop.closure, self._loop.optimizer) != (self.closure, self._at):
-            self._former, self._loop = self._loop, Loop.of(self.closure, self._at)
+            # One that was recorded may serve again; of any other the memory first.
+            self._former = self._loop if self._loop is not None and self._loop.recorded.made else None
+            self._loop = None
+            self._loop = Loop.of(self.closure, self._at)
         if self._loop.recorded.possible and not self._loop.recorded.made:
             self._resume(self._loop)
         return self._loop.recorded()

@@ -24,7 +24,7 @@ WORKING_COPIES = 6
 PICTURES = 24
 """Pictures in fp32 that are in use at once: the optimizer's vectors, the best one, averages, what is shown."""
 
-SPECTRAL_PICTURES = 10
+SPECTRAL_PICTURES = 16
 """Those that Curvature.SPECTRAL adds: spectra, and the share of each frequency in each band."""
 
 LOSS_COPIES: Mapping[StyleLoss, int] = {StyleLoss.SLICED: 10, StyleLoss.DIRECT: 5, StyleLoss.CROSS: 5}

@@ -31,7 +31,7 @@ PLACES_BOUND = 8.0
 """A place's inverse curvature is at most this many times their geometric mean, and at least as small a part of it."""
 
 BLURS = 2
-"""How often a place's sums are averaged with their eight neighbours', in pixels of its passband."""
+"""How often a place's squares are averaged with its eight neighbours', in pixels of its passband."""
 
 UNSEEN = 0.01
 """Places with less than this part of y's mean, as those outside all regions, have no part in the geometric mean."""
@@ -48,7 +48,7 @@ class Spectral:
     A frequency between the middles of two bands has a share in both, so γ is continuous, unlike with sharp bands.
 
     D is the sum over passbands of one diagonal each, at the passband's resolution. It has for each place the same of
-    what Γ leaves, s/√Γ and y·√Γ, of all channels, smoothed; its geometric mean is 1.
+    what Γ leaves, s/√Γ and y·√Γ, of all channels, smoothed; the geometric mean of each diagonal is 1.
 
     Args:
         like: a picture, (…, H, W): shape, type and device of all that come.
@@ -126,8 +126,8 @@ class Passband:
     def __init__(self, size: tuple[int, ...], lowest: float, highest: float, *, like: Tensor) -> None:
         radius = _radius(size)
         self._whole = math.isinf(highest)
-        # An odd number of rows and columns has no highest frequency of its own, which would be its own mirror image.
-        self._rows, self._columns = (int(min(math.sqrt(2) * highest * edge, (edge - 1) // 2)) for edge in size)
+        # An odd number of rows and columns has no highest frequency that would be its own mirror image.
+        self._rows, self._columns = (0 if self._whole else int(math.sqrt(2) * highest * edge) for edge in size)
         self.size = tuple(size) if self._whole else (2 * self._rows + 1, 2 * self._columns + 1)
         self._window = self._cut((_above(radius, lowest) - _above(radius, highest)).sqrt()).to(like)
 
@@ -141,9 +141,9 @@ class Passband:
         if self._whole:
             spectrum += found
             return
-        above = self._rows + 1
-        for rows, there in ((slice(above), slice(above)), (slice(above, None), self._below(spectrum))):
-            spectrum[..., there, : self._columns + 1] += found[..., rows, :]
+        above, columns = self._rows + 1, self._columns + 1
+        spectrum[..., :above, :columns] += found[..., :above, :]
+        spectrum[..., self._below(spectrum), :columns] += found[..., above:, :]
 
     def _cut(self, spectrum: Tensor) -> Tensor:
         """Return the frequencies that a picture of the passband's size has."""
@@ -162,12 +162,11 @@ def ratios(places: Tensor) -> Tensor:
     s, y = places
     logarithm = (s / y).log() / 2
     # Where nothing was learnt, it is 0/0; where nothing has moved, its logarithm is infinite.
-    logarithm = torch.where(logarithm.isfinite(), logarithm, 0.0)
-    seen = y > UNSEEN * y.mean()
-    mean = (logarithm * seen).sum() / seen.sum().clamp_min(1)
+    known = logarithm.isfinite()
+    seen = known & (y > UNSEEN * y.mean())
+    mean = torch.where(seen, logarithm, 0.0).sum() / seen.sum().clamp_min(1)
     bound = math.log(PLACES_BOUND)
-    ratio: Tensor = (logarithm - mean).clamp(-bound, bound).exp()
-    return ratio
+    return torch.where(known, (logarithm - mean).clamp(-bound, bound), 0.0).exp()
 
 
 def _by_place(parts: Tensor) -> Tensor:
@@ -178,7 +177,9 @@ def _by_place(parts: Tensor) -> Tensor:
         padded = F.pad(squares, [1, 1, 1, 1], mode="replicate")
         rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
         squares = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
-    return squares.flatten(1) / squares[1].mean().clamp_min(torch.finfo(squares.dtype).tiny)
+    mean = squares[1].mean()
+    # Where y has nothing of the passband nothing is learnt.
+    return torch.where(mean > torch.finfo(squares.dtype).tiny, squares / mean, 0.0).flatten(1)
 
 
 def _transform(pictures: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def _radius(size: tuple[int, ...]) -> Tensor:
 
 
 def _above(radius: Tensor, cut: float) -> Tensor:
-    """Return 1 for the frequencies above a cut, 0 for those below, in the octave around it the part of it behind."""
+    """Return 0 for frequencies below a cut and 1 above; over the octave around it, it rises with the logarithm."""
     return ((radius / cut).log2() + 0.5).clamp(0, 1) if cut else torch.ones_like(radius)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import nst_model
 from nst_model import FeatureModel, InvalidOption, Iterate, StopReason, Style, StylizeOptions
 from nst_model.errors import DamagedState
+from nst_model.lbfgs import LBFGS
 from nst_model.state import State
 from nst_model.stylization import Stylization
 
@@ -85,8 +87,9 @@ def test_a_state_is_not_touched_by_the_run_that_goes_on(make: Make) -> None:
     assert state.to_bytes() == before
 
 
-def test_a_recovery_survives_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of restarts, and with Adam in L-BFGS's place."""
+@pytest.fixture
+def stubborn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective that no step lowers, to the end."""
     real = nst_model.descent.Closure.__call__
 
     def stubborn(self: Any, image: torch.Tensor) -> Any:
@@ -94,6 +97,11 @@ def test_a_recovery_survives_too(make: Make, monkeypatch: pytest.MonkeyPatch) ->
         return losses._replace(total=losses.total * 0 + 1), gradient
 
     monkeypatch.setattr(nst_model.descent.Closure, "__call__", stubborn)
+
+
+@pytest.mark.usefixtures("stubborn")
+def test_a_recovery_survives_too(make: Make) -> None:
+    """In the middle of restarts, and with Adam in L-BFGS's place."""
     options = {"iterations": 60, "first_size_px": 512, "size_px": 48}
     undisturbed = list(make(**options))
     for cut in (13, 25, 40, 50):
@@ -103,6 +111,55 @@ def test_a_recovery_survives_too(make: Make, monkeypatch: pytest.MonkeyPatch) ->
         second.restore(kept(first))
         rest = list(second)
         assert all(same(*pair) for pair in zip(rest, undisturbed[cut + 1 :], strict=True)), cut
+
+
+@pytest.mark.usefixtures("stubborn")
+def test_adam_does_not_keep_the_memory_of_lbfgs(make: Make) -> None:
+    """What it took the place of is gone with its pairs."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(one) is LBFGS for one in gc.get_objects())
+
+    before = alive()
+    run = make(iterations=60, first_size_px=512, size_px=48)
+    next(iterate for iterate in run if iterate.index == 5)
+    assert alive() == before + 1
+    next(iterate for iterate in run if iterate.index == 50)
+    assert alive() == before
+
+
+def test_a_state_of_an_older_version_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it is used."""
+    run = make(iterations=3)
+    next(iter(run))
+    with monkeypatch.context() as older:
+        older.setattr(nst_model.state, "FORMAT", "2")
+        data = run.state().to_bytes()
+    with pytest.raises(DamagedState, match="format 2; this version reads 3"):
+        State.from_bytes(data)
+
+
+def test_the_format_of_a_state_changes_with_what_it_has(make: Make) -> None:
+    """Whoever changes what is kept gives it another number: a run would fail that took up an older version's state."""
+    run = make(iterations=3, first_size_px=512, history=4)
+    next(iterate for iterate in run if iterate.index == 2)
+    shapes = {name: tuple(tensor.shape) for name, tensor in run.state().tensors.items()}
+    n, scalars = 3 * 72 * 80, ("gamma", "loss", "cap", "damping", "count", "taken")
+    optimizer = {
+        "x": (1, 3, 72, 80),
+        "inverse": (4, 4),
+        "curvature": (4,),
+        "sg": (4,),
+        "g": (n,),
+        "s": (n,),
+        "bands": (2, 3, 12),
+        "places": (2, 7 * 7 + 25 * 29 + 72 * 80),
+        "pairs": (2, 2, n),
+        **dict.fromkeys(scalars, ()),
+    }
+    found = {name.removeprefix("optimizer."): shape for name, shape in shapes.items() if name.startswith("optimizer.")}
+    assert (nst_model.state.FORMAT, found) == ("3", optimizer)
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty"])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nst_model import lbfgs
 from nst_model.lbfgs import DAMPING_RATE, LBFGS
-from nst_model.spectral import BANDS, CUTS, LEAST, MOST, Passband, Spectral, ratios
+from nst_model.spectral import BANDS, CUTS, LEAST, MOST, PLACES_BOUND, Passband, Spectral, ratios
 
 SHAPES = [(1, 3, 24, 32), (1, 3, 17, 23), (2, 16, 16)]
 ONE = torch.ones((), dtype=torch.float64)
@@ -202,10 +202,69 @@ def test_a_place_is_learnt_for_each_passband(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_places_that_are_not_seen_have_no_part_in_the_mean() -> None:
     """What leaks to the outside of all regions has an arbitrary ratio, which the places inside are not scaled by."""
-    inside = torch.tensor([[4.0, 1.0, 0.25], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    inside = torch.tensor([[36.0, 9.0, 2.25], [1.0, 1.0, 1.0]], dtype=torch.float64)
     outside = 1e-4 * torch.tensor([[900.0] * 9, [1.0] * 9], dtype=torch.float64)
     torch.testing.assert_close(ratios(inside), torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
     torch.testing.assert_close(ratios(torch.cat((inside, outside), dim=1))[:3], ratios(inside))
+
+
+def test_places_of_which_nothing_is_known_are_left_as_they_are() -> None:
+    """Where the gradient did not change, or the picture did not."""
+    sums = torch.tensor([[36.0, 9.0, 2.25, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(ratios(sums), torch.tensor([2.0, 1.0, 0.5, 1.0, 1.0, 1.0], dtype=torch.float64))
+
+
+def test_places_keep_within_bounds() -> None:
+    """However extreme a place's ratio is."""
+    sums = torch.ones((2, 1000), dtype=torch.float64)
+    sums[0, 0], sums[0, 1] = 1e9, 1e-9
+    found = ratios(sums)
+    torch.testing.assert_close(found[:2], torch.tensor([PLACES_BOUND, 1 / PLACES_BOUND], dtype=torch.float64))
+
+
+def test_a_pair_that_is_not_taken_is_not_learnt() -> None:
+    """Neither by frequency nor by place."""
+    spectral = learnt(SHAPES[0], 1.0, torch.ones(3, dtype=torch.float64), pairs=3)
+    bands, places = spectral.bands.clone(), spectral.places.clone()
+    learn(spectral, noise(SHAPES[0], 98), noise(SHAPES[0], 99), taken=False)
+    assert torch.equal(spectral.bands, bands)
+    assert torch.equal(spectral.places, places)
+
+
+def test_what_frequencies_explain_is_left_out_of_places() -> None:
+    """Where steps are finer, and so stiffer by their frequency alone, places are not told to be stiff once more."""
+    shape = (1, 3, 48, 64)
+    radius = torch.hypot(torch.fft.fftfreq(48)[:, None], torch.fft.rfftfreq(64))
+    left = (torch.arange(64) < 32).double()
+    spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+    for seed in range(30):
+        spectrum = torch.fft.rfft2(noise(shape, seed))
+        coarse, fine = (torch.fft.irfft2(spectrum * part, s=(48, 64)) for part in (radius < 1 / 4, radius >= 1 / 4))
+        s = left * coarse + (1 - left) * fine
+        learn(spectral, s, curved(s, 2.0, torch.ones(3, dtype=torch.float64)))
+    columns = ratios(spectral.places[:, -48 * 64 :]).view(48, 64).log().mean(dim=0)
+    assert abs(float(columns[4:28].mean() - columns[36:60].mean())) < 0.3
+
+
+def test_places_long_past_count_no_more() -> None:
+    """The curvature of places changes on the way, and is followed."""
+    shape = (1, 3, 48, 64)
+    there = torch.logspace(0, 1, 64, dtype=torch.float64)
+    spectral = Spectral(torch.zeros(shape, dtype=torch.float64))
+    for seed in range(160):
+        s = noise(shape, seed)
+        learn(spectral, s, s * (there if seed < 60 else there.flip(0)))
+    columns = ratios(spectral.places[:, -48 * 64 :]).view(48, 64).log().mean(dim=0)
+    assert float(columns[:8].mean()) < -0.5
+    assert float(columns[-8:].mean()) > 0.5
+
+
+def test_a_passband_without_gradient_learns_nothing() -> None:
+    """And what it learns later counts."""
+    spectral = Spectral(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    checkers = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
+    learn(spectral, noise((1, 3, 64, 64), 1), checkers.expand(1, 3, 64, 64).double())
+    assert spectral.places.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(24, 32), (17, 23), (16, 16), (97, 130), (5, 64)])

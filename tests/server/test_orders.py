@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import pytest_asyncio
 
 from nst_model import StylizeOptions
+from nst_model.state import State
 from nst_server.executor import ProcessExecutor
 from nst_server.messages import (
     FINISHED,
@@ -198,12 +200,16 @@ async def test_orders_for_another_task_and_after_a_cancel_do_nothing(executor: P
     assert isinstance(await ended(executor, task(), Heard()), Done)
 
 
-async def test_a_checkpoint_that_cannot_be_read_costs_time_only(executor: ProcessExecutor, tmp_path: Path) -> None:
-    """Torn, or not there: the task begins anew and ends the same."""
+async def test_a_checkpoint_that_cannot_be_read_costs_time_only(
+    executor: ProcessExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torn, of an older version, or not there: the task begins anew and ends the same."""
     undisturbed = await ended(executor, task(), Heard())
     torn = Blobs.open(tmp_path / "blobs")
     torn.write_now("checkpoints/one/torn", b"\x00" * 100)
-    for key in ("checkpoints/one/torn", "checkpoints/one/9-9"):
+    monkeypatch.setattr("nst_model.state.FORMAT", "1")
+    torn.write_now("checkpoints/one/older", State({}, {}).to_bytes())
+    for key in ("checkpoints/one/torn", "checkpoints/one/older", "checkpoints/one/9-9"):
         heard = Heard()
         same(await ended(executor, task(checkpoint=Checkpoint(key, 5, 1.0)), heard), undisturbed)
         assert heard.iterations == list(range(81))

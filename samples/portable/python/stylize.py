@@ -145,7 +145,7 @@ class Unknowns:
             squares += ((there - here) ** 2).reshape(self._channels, *self._size).sum(axis=0)
         for _ in range(2):
             squares = uniform_filter(squares, BLUR_PX, mode="mirror")
-        logarithm = -np.log(squares) / 2
+        logarithm = -np.log(squares.clip(min=np.finfo(float).tiny)) / 2
         bound = np.log(MOST_FREEDOM)
         return np.exp((logarithm - logarithm.mean()).clip(-bound, bound) / 2)
 
