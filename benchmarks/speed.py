@@ -41,8 +41,10 @@ from nst_model import FeatureModel, Precision, Style, StylizeOptions, load_weigh
 from nst_model.devices import memory_bytes, reuse_memory
 from nst_model.memory import Memory
 from nst_model.network import Trunk
+from nst_model.objective import interpreted
 from nst_model.options import Optimizer
 from nst_model.scales import scales
+from nst_model.stylization import content_targets
 from samples.demo import skimage_photo
 
 T = TypeVar("T")
@@ -250,7 +252,8 @@ def loss_in_fp32(
     """Return the objective of the options at a picture (3, H, W), in fp32 whatever it was optimized in."""
     options = dataclasses.replace(options, precision=Precision.FP32)
     objective = model.objective([model.style_targets(Style(style), options)], options)
-    return float(objective(picture[None], objective.content_targets(content[None])).total)
+    with interpreted():
+        return float(objective(picture[None], content_targets(objective, content)).total)
 
 
 def race(model: FeatureModel, place: int, options: StylizeOptions, budget: Budget, folder: Path) -> dict[str, Any]:
