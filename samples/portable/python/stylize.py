@@ -34,8 +34,8 @@ FREEDOM = (
     (0.6, 0.7, 0.4, 0.3, 0.6, 2.4, 5.0),
     (0.35, 0.4, 0.2, 0.12, 0.2, 0.7, 2.2),
 )
-"""Inverse curvature of lightness and of two opposed colors by frequency: what this project's own L-BFGS had learnt after
-60 iterations, at 128 px, averaged over three pairs of pictures and rounded."""
+"""Inverse curvature of lightness and of two opposed colors by frequency: what this project's own L-BFGS had learnt
+after 60 iterations, at 128 px, averaged over three pairs of pictures and rounded."""
 PROBES = 2
 PROBE = 0.1
 """Standard deviation of the noise by which the curvature of places is found, in the unknowns."""
