@@ -18,7 +18,7 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CUDA_OVERHEAD = 1 / 16
 """Part of a GPU's memory that is left to its driver, to CUDA's libraries and to the feature model."""
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Parameters of glibc's mallopt, from malloc.h."""
 
 
@@ -90,6 +90,8 @@ def reuse_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        # Threads to come share one heap: what is free at the end of another is given back only below that threshold.
+        mallopt(M_ARENA_MAX, 1)
 
 
 def return_memory() -> None:

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -84,6 +84,9 @@ log = logging.getLogger(__name__)
 RATE_WINDOW = 10
 """Iterations that the rate is averaged over."""
 
+REST_S = 0.2
+"""A worker looks this often whether what the last task left behind has been written, until it has."""
+
 SELDOM = 100
 """A checkpoint that took a second of processor time is followed by this many seconds without one."""
 
@@ -103,8 +106,17 @@ def main(connection: Connection, config: WorkerConfig) -> None:
     device = worker.model(config.model).device
     sender.send(Ready(str(device), tuple(nst_model.available_devices()), memory_bytes(device)))
     while True:
-        return_memory()  # what a task leaves behind is of no use until the next one
-        sender.send(worker.run(*reader.next_task()))
+        return_memory()  # what a task leaves behind is of no use to the next one
+        sender.send(worker.run(*_next_task(reader, worker, sender)))
+
+
+def _next_task(reader: _Reader, worker: Worker, sender: _Sender) -> tuple[Task, Control]:
+    """Wait for a task; meanwhile give back what was still being written when the last one ended."""
+    while (asked := reader.next_task(REST_S)) is None:
+        if worker.at_rest and sender.at_rest:
+            return_memory()
+            return reader.next_task()
+    return asked
 
 
 class Worker:
@@ -122,6 +134,11 @@ class Worker:
         self._models: dict[str, FeatureModel] = {}
         self._recordings = Recordings()
         self.model(config.model)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no checkpoint is being written."""
+        return self._keeper.at_rest
 
     def model(self, name: str) -> FeatureModel:
         """Return a feature model on this worker's device, loaded once."""
@@ -376,6 +393,11 @@ class _Keeper(threading.Thread):
             raise FileNotFoundError("this server keeps no checkpoints")
         return self._blobs.fetch_now(checkpoint.key)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is being written."""
+        return not self._busy
+
     def begin(self) -> None:
         """Begin to count the interval for another task."""
         self._due = time.monotonic() + self._interval_s
@@ -416,7 +438,7 @@ class _Keeper(threading.Thread):
             self._write(task, state, checkpoint)
             cost_s = self._copying_s + time.thread_time() - began  # to wait for the disk costs nothing
             self._due = time.monotonic() + max(self._interval_s, SELDOM * cost_s)
-            del state
+            del task, state  # or they are held until the next ones come
             self._busy = False
 
     def _write(self, task: StylizeTask, state: State, checkpoint: Checkpoint) -> None:
@@ -443,9 +465,16 @@ class _Reader(threading.Thread):
         self._tasks: queue.SimpleQueue[tuple[Task, Control]] = queue.SimpleQueue()
         self.start()
 
-    def next_task(self) -> tuple[Task, Control]:
-        """Wait for a task; return it with the orders that come for it."""
-        return self._tasks.get()
+    @overload
+    def next_task(self) -> tuple[Task, Control]: ...
+    @overload
+    def next_task(self, within_s: float) -> tuple[Task, Control] | None: ...
+    def next_task(self, within_s: float | None = None) -> tuple[Task, Control] | None:
+        """Wait for a task; return it with the orders that come for it. None if none comes in time."""
+        try:
+            return self._tasks.get(timeout=within_s)
+        except queue.Empty:
+            return None
 
     def run(self) -> None:
         current: tuple[str, Control] | None = None
@@ -460,6 +489,7 @@ class _Reader(threading.Thread):
             else:
                 current = (message.id, Control())
                 self._tasks.put((message, current[1]))
+            del message  # or it is held until the next one comes
 
 
 class _Sender(threading.Thread):
@@ -474,8 +504,15 @@ class _Sender(threading.Thread):
         self._waiting = threading.Condition()
         self._messages: collections.deque[Message | Callable[[], Pictured]] = collections.deque()
         self._picture: Callable[[], Pictured] | None = None
+        self._writing = False
         self._closed = False
         self.start()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether everything is written."""
+        with self._waiting:
+            return not (self._writing or self._messages or self._picture)
 
     def send(self, message: Message | Callable[[], Pictured]) -> None:
         """Queue a message. An ending goes after the picture that is still waiting."""
@@ -507,11 +544,14 @@ class _Sender(threading.Thread):
                 os._exit(0)
             except RuntimeError as error:  # the device may lack the memory for a picture, and the run go on
                 log.warning("a picture is left out: %s", error)
+            del message  # or it is held until the next one comes
 
     def _next(self) -> Message | Callable[[], Pictured] | None:
         with self._waiting:
+            self._writing = False
             while not (self._messages or self._picture or self._closed):
                 self._waiting.wait()
+            self._writing = True
             if self._messages:
                 return self._messages.popleft()
             picture, self._picture = self._picture, None

@@ -20,6 +20,7 @@ from google.rpc import code_pb2
 
 from nst.v1 import job_pb2, style_transfer_service_pb2
 from nst_model import StylizeOptions
+from nst_server import worker
 from nst_server.executor import OBEY_S, ExecutorUnavailable, ProcessExecutor
 from nst_server.messages import (
     Cancel,
@@ -139,15 +140,46 @@ async def test_a_killed_workers_job_goes_on_at_once(serve: Callable[..., Any], a
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how other C libraries keep memory is their affair")
 async def test_a_worker_at_rest_gives_memory_back(serve: Callable[..., Any], ask: Ask) -> None:
-    """What it freed while it computed served the next block; nobody needs it when the job has ended."""
-    server, client = await serve()
+    """What it freed while it computed served the next block; nobody needs it when the job has ended.
+
+    Nor what was still being written then: the picture, a checkpoint.
+    """
+    server, client = await serve(checkpoint_interval_s=0.1)
     (executor,) = server.executors
     await client.told(ask())
     before = resident_mib(executor.pid)
-    told = await client.told(ask(size_px=768, iterations=1))
+    told = await client.told(ask(size_px=768, iterations=8))
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
     assert resident_mib(executor.pid, "VmHWM") > before + 100
     await until(lambda: resident_mib(executor.pid) < before + 30)
+
+
+def test_memory_is_given_back_when_the_last_thing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before, not twice, and never while a task is there to take it."""
+    told: list[str] = []
+    monkeypatch.setattr(worker, "return_memory", lambda: told.append("given back"))
+
+    class Reader:
+        def next_task(self, within_s: float | None = None) -> str | None:
+            told.append("waits" if within_s is None else "looks")
+            return "task" if within_s is None or len(told) == tasks_after else None
+
+    class Writer:
+        def __init__(self, *at_rest: bool) -> None:
+            self._at_rest = iter(at_rest)
+
+        @property
+        def at_rest(self) -> bool:
+            return next(self._at_rest)
+
+    tasks_after = 0
+    keeper, sender = Writer(False, True, True), Writer(False, True)
+    assert worker._next_task(Reader(), keeper, sender) == "task"  # type: ignore[arg-type, comparison-overlap]
+    assert told == ["looks", "looks", "looks", "given back", "waits"]
+    told.clear()
+    tasks_after = 2
+    assert worker._next_task(Reader(), Writer(False), Writer()) == "task"  # type: ignore[arg-type, comparison-overlap]
+    assert told == ["looks", "looks"]
 
 
 def resident_mib(pid: int, which: str = "VmRSS") -> float:
