@@ -21,7 +21,7 @@ from google.rpc import code_pb2
 from nst.v1 import job_pb2, style_transfer_service_pb2
 from nst_model import StylizeOptions
 from nst_server import worker
-from nst_server.executor import OBEY_S, ExecutorUnavailable, ProcessExecutor
+from nst_server.executor import OBEY_S, PATIENCE, ExecutorUnavailable, ProcessExecutor
 from nst_server.messages import (
     Cancel,
     Cancelled,
@@ -250,13 +250,14 @@ async def test_a_worker_that_hangs_is_killed_when_its_job_is_to_end(
     server, client = await serve()
     (executor,) = server.executors
     name = await hanging(client, executor, ask(**FOREVER))
+    within_s = patience_s(executor) + 2
     began = time.monotonic()
     if order == "cancel":
         job = await client.jobs.CancelJob(style_transfer_service_pb2.CancelJobRequest(name=name))
         assert job.state == job_pb2.JOB_STATE_CANCELLED
     else:
         await client.jobs.DeleteJob(style_transfer_service_pb2.DeleteJobRequest(name=name))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < within_s
     told = await asyncio.wait_for(client.told(ask()), START_S)
     assert told.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
@@ -273,7 +274,8 @@ async def test_a_job_whose_worker_hangs_can_be_paused_and_finished(
     name = await hanging(client, executor, ask(**FOREVER), progress=100)
 
     update = style_transfer_service_pb2.UpdateJobRequest
-    job = await asyncio.wait_for(client.jobs.UpdateJob(update(name=name, paused=True)), 3)
+    within_s = patience_s(executor) + 2
+    job = await asyncio.wait_for(client.jobs.UpdateJob(update(name=name, paused=True)), within_s)
     assert job.state == job_pb2.JOB_STATE_PAUSED
     await client.jobs.UpdateJob(update(name=name, paused=False))
     call = client.jobs.WatchJob(style_transfer_service_pb2.WatchJobRequest(name=name, after_sequence=job.sequence))
@@ -322,6 +324,12 @@ async def hanging(client: Caller, executor: ProcessExecutor, request: Any, *, pr
     os.kill(executor.pid or 0, signal.SIGSTOP)
     call.cancel()
     return str(created.name)
+
+
+def patience_s(executor: ProcessExecutor) -> float:
+    """Return how long a worker may be silent that is told to end its task, here: longer on a machine that is busy."""
+    assert executor._running is not None
+    return 0.5 + PATIENCE * executor._running.silence_s
 
 
 async def test_front_never_imports_torch_and_takes_its_worker_with_it(
