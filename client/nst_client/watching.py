@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -128,7 +130,7 @@ def asked(job: Job) -> Answer:
     while True:
         sys.stderr.write(f"{job.name}: [c]ancel it, [l]eave it running, or [g]o on watching? ")
         sys.stderr.flush()
-        line = sys.stdin.readline()
+        line = typed_line()
         if not line:
             # The terminal has nothing more to say, and never will.
             say("")
@@ -136,6 +138,25 @@ def asked(job: Job) -> Answer:
         for answer in Answer:
             if line.strip().lower() in {answer.value, answer.name.lower().replace("_", " ")}:
                 return answer
+
+
+def typed_line() -> str:
+    """Wait for a line on stdin and return it; "" at its end.
+
+    A signal that comes just before reading begins would be handled only after it; a wait for it as well as for the
+    line sees both.
+    """
+    if sys.platform != "win32":  # which waits for sockets only
+        signalled, by_signals = socket.socketpair()
+        with signalled, by_signals:
+            by_signals.setblocking(False)
+            before = signal.set_wakeup_fd(by_signals.fileno(), warn_on_full_buffer=False)
+            try:
+                while sys.stdin not in select.select([sys.stdin, signalled], [], [])[0]:
+                    signalled.recv(1)  # its handler has been called, and raised nothing
+            finally:
+                signal.set_wakeup_fd(before)
+    return sys.stdin.readline()
 
 
 def command_for(verb: str, job: Job, address: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,11 @@ class Terminal:
 
     def ended(self) -> tuple[int, str]:
         """Return the exit code and what the terminal shows at the end."""
-        code = self.process.wait(10)
+        try:
+            code = self.process.wait(10)
+        finally:
+            self.process.kill()
+            self.process.wait()
         self._read(0.1, until="\0")
         os.close(self._primary)
         return code, self.text.replace("\r\n", "\n")
@@ -378,6 +383,48 @@ def test_second_ctrl_c_leaves_a_job_that_is_watched(running: Any) -> None:
     terminal.press_ctrl_c()
     code, text = terminal.ended()
     assert (code, running.cancelled.is_set()) == (130, False)
+    assert "jobs/j1 goes on" in text
+
+
+LATE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/select.h>
+#include <time.h>
+#include <unistd.h>
+
+static void late(void) {
+    struct timespec left = {0, 500000000};
+    while (nanosleep(&left, &left));
+}
+
+ssize_t read(int fd, void *to, size_t size) {
+    if (fd == 0) late();
+    return ((ssize_t (*)(int, void *, size_t))dlsym(RTLD_NEXT, "read"))(fd, to, size);
+}
+
+int select(int count, fd_set *in, fd_set *out, fd_set *odd, struct timeval *within) {
+    if (in && FD_ISSET(0, in)) late();
+    return ((int (*)(int, fd_set *, fd_set *, fd_set *, struct timeval *))dlsym(RTLD_NEXT, "select"))(
+        count, in, out, odd, within);
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a library is put before the C library is Linux's affair")
+def test_second_ctrl_c_counts_however_early(running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the process has begun to wait for the answer: here it waits half a second later than it would."""
+    assert shutil.which("gcc"), "gcc is missing; install it: apt-get update && apt-get install -y g++"
+    tmp_path.joinpath("late.c").write_text(LATE)
+    subprocess.run(["gcc", "-shared", "-fPIC", "late.c", "-o", "late.so", "-ldl"], cwd=tmp_path, check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "late.so"))
+    terminal = Terminal("jobs", "watch", "j1", address=running.address)
+    terminal.shows("running on cpu, 1/4")
+    terminal.press_ctrl_c()
+    terminal.shows(QUESTION)
+    terminal.press_ctrl_c()
+    code, text = terminal.ended()
+    assert code == 130
     assert "jobs/j1 goes on" in text
 
 
