@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from nst_model import lbfgs
 from nst_model.lbfgs import DAMPING_RATE, LBFGS
-from nst_model.spectral import BANDS, CUTS, LEAST, MOST, PLACES_BOUND, Passband, Spectral, ratios
+from nst_model.spectral import BANDS, CUTS, LEAST, MOST, PLACES_BOUND, Passband, Spectral, fast, ratios
 
 SHAPES = [(1, 3, 24, 32), (1, 3, 17, 23), (2, 16, 16)]
 ONE = torch.ones((), dtype=torch.float64)
@@ -265,6 +267,24 @@ def test_a_passband_without_gradient_learns_nothing() -> None:
     checkers = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
     learn(spectral, noise((1, 3, 64, 64), 1), checkers.expand(1, 3, 64, 64).double())
     assert spectral.places.isfinite().all()
+
+
+def test_transforms_are_of_sizes_that_they_are_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and passbands alike, whatever the size of the picture: here it is prime both ways."""
+    assert [fast(size) for size in (1, 11, 171, 341, 683, 1024)] == [1, 12, 175, 343, 686, 1024]
+    assert [fast(size, odd=True) for size in (1, 2, 61, 91, 181)] == [1, 3, 63, 105, 189]
+    sizes = set()
+
+    def seen(transform: Callable[..., Tensor], x: Tensor, s: tuple[int, int], norm: str) -> Tensor:
+        sizes.update(s)
+        return transform(x, s=s, norm=norm)
+
+    for name in ("rfft2", "irfft2"):
+        monkeypatch.setattr(torch.fft, name, functools.partial(seen, getattr(torch.fft, name)))
+    spectral, q = Spectral(torch.zeros(1, 3, 97, 131)), torch.rand(3 * 97 * 131)
+    spectral.learn(torch.stack((q, 2 * q)), ONE / 2, torch.tensor(True))
+    spectral.times(q, ONE / 2)
+    assert sizes == {98, 135, 9, 15, 35, 49}
 
 
 @pytest.mark.parametrize("size", [(24, 32), (17, 23), (16, 16), (97, 130), (5, 64)])
