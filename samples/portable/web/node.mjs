@@ -34,7 +34,8 @@ if (!photo || !style || !(size >= 16) || !(iterations >= 1)) {
 }
 
 try {
-  const files = await Promise.all(GRAPHS.map(fileOf));
+  const files = [];
+  for (const graph of GRAPHS) files.push(await fileOf(graph)); // one by one: it is the first absent one that is named
   const graphs = new Graphs(ort, await graphFiles(files));
   await (values.benchmark ? benchmark(graphs) : run(graphs));
   await graphs.close();
