@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nst_model.errors import DamagedState
 
-FORMAT = "3"
+FORMAT = "4"
 """Changes whenever a run could not go on from what an older version has written."""
 
 

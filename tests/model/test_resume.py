@@ -154,12 +154,12 @@ def test_the_format_of_a_state_changes_with_what_it_has(make: Make) -> None:
         "g": (n,),
         "s": (n,),
         "bands": (2, 3, 12),
-        "places": (2, 7 * 7 + 25 * 29 + 72 * 80),
+        "places": (2, 7 * 7 + 25 * 35 + 72 * 80),
         "pairs": (2, 2, n),
         **dict.fromkeys(scalars, ()),
     }
     found = {name.removeprefix("optimizer."): shape for name, shape in shapes.items() if name.startswith("optimizer.")}
-    assert (nst_model.state.FORMAT, found) == ("3", optimizer)
+    assert (nst_model.state.FORMAT, found) == ("4", optimizer)
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty"])
