@@ -136,7 +136,7 @@ def test_a_state_of_an_older_version_is_refused(make: Make, monkeypatch: pytest.
     with monkeypatch.context() as older:
         older.setattr(nst_model.state, "FORMAT", "2")
         data = run.state().to_bytes()
-    with pytest.raises(DamagedState, match="format 2; this version reads 3"):
+    with pytest.raises(DamagedState, match="format 2; this version reads 4"):
         State.from_bytes(data)
 
 
