@@ -127,16 +127,17 @@ class Passband:
         like: type and device.
 
     Attributes:
-        size: (H, W) of parts; where it is not the pictures' own odd numbers, which the transform is fast at.
+        size: (H, W) of parts: the pictures' own, or odd numbers that the transform is fast at.
     """
 
     def __init__(self, size: tuple[int, ...], lowest: float, highest: float, *, like: Tensor) -> None:
         radius = _radius(size)
         self._whole = math.isinf(highest)
         # An odd number of rows and columns has no highest frequency that would be its own mirror image.
-        self.size = tuple(
-            edge if self._whole else fast(2 * int(math.sqrt(2) * highest * edge) + 1, odd=True) for edge in size
-        )
+        if self._whole:
+            self.size = tuple(size)
+        else:
+            self.size = tuple(fast(2 * int(math.sqrt(2) * highest * edge) + 1, odd=True) for edge in size)
         self._rows, self._columns = (edge // 2 for edge in self.size)
         self._window = self._cut((_above(radius, lowest) - _above(radius, highest)).sqrt()).to(like)
 
@@ -193,14 +194,9 @@ def _by_place(parts: Tensor) -> Tensor:
 
 def fast(least: int, *, odd: bool = False) -> int:
     """Return the least number that is no less and has no prime factors but those of FAST, without 2 for an odd one."""
-    for size in itertools.count(least):
-        rest = size
-        for factor in FAST[odd:]:
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return size
-    raise AssertionError("unreachable")
+    product = math.prod(FAST[1:] if odd else FAST)
+    # None of a number's prime factors is in it more often than 2 would be.
+    return next(size for size in itertools.count(least) if product ** size.bit_length() % size == 0)
 
 
 def _transform(pictures: Tensor, size: tuple[int, ...]) -> Tensor:
